@@ -1,0 +1,202 @@
+"""What a config.json says, in one vocabulary for every architecture.
+
+Reads the spellings of transformers 4.x (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5.x
+(`rope_parameters`, `dtype`, `layer_types`) by itself: no import of transformers, no remote code.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding; the fields beyond `factor` belong to llama3 and yarn."""
+
+    rope_type: RopeType = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_context_length: int = 0  # positions the model was trained on before scaling
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int  # positions served
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    attention_bias: bool = False  # on q, k and v
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    windows: tuple[int | None, ...] = ()  # one per layer: positions seen, None for all
+    dtype: str = "bfloat16"
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | pathlib.Path,
+        context_length: int | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Reads `config.json` (and the EOS ids of `generation_config.json`) in `folder`.
+
+        Raises:
+          FileNotFoundError, ValueError: as `from_dict`; the message names the file.
+        """
+        folder = pathlib.Path(folder)
+        raw = _read_json(folder / "config.json") | dict(overrides or {})
+        config = cls.from_dict(raw, context_length)
+        generation = folder / "generation_config.json"
+        if generation.exists():
+            extra = _token_ids(_read_json(generation).get("eos_token_id"))
+            ids = dict.fromkeys((*config.eos_token_ids, *extra))
+            config = dataclasses.replace(config, eos_token_ids=tuple(ids))
+        return config
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], context_length: int | None = None) -> Self:
+        """Parses a config.json.
+
+        Args:
+          context_length: positions to serve, the model's own unless given.
+
+        Raises:
+          ValueError: a key is missing or has a value that is not served; names the key.
+        """
+        from jaxserve.models import registry  # the architecture's own rules live in its file
+
+        architecture = registry.architecture_of(raw)
+        shape = {key: _required(raw, key) for key in _REQUIRED}
+        num_heads = shape["num_attention_heads"]
+        longest = _required(raw, "max_position_embeddings")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r}: only silu is served")
+        config = cls(
+            architecture=architecture,
+            vocab_size=shape["vocab_size"],
+            hidden_size=shape["hidden_size"],
+            intermediate_size=shape["intermediate_size"],
+            num_layers=shape["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+            head_dim=raw.get("head_dim") or shape["hidden_size"] // num_heads,
+            context_length=context_length or longest,
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope=_parse_rope(raw, longest),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            windows=(None,) * shape["num_hidden_layers"],
+            dtype=raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
+            eos_token_ids=_token_ids(raw.get("eos_token_id")),
+        )
+        config = dataclasses.replace(
+            config, **registry.model_class(architecture).read_config(raw, config)
+        )
+        _check(config)
+        return config
+
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+def layer_windows(
+    raw: Mapping[str, Any], num_layers: int, window: int | None, first_windowed: int
+) -> tuple[int | None, ...]:
+    """Which layers see only `window` positions: `layer_types` decides, else all from a layer on."""
+    if window is None:
+        return (None,) * num_layers
+    types = raw.get("layer_types")
+    if types is None:
+        return tuple(window if i >= first_windowed else None for i in range(num_layers))
+    if len(types) != num_layers:
+        raise ValueError(f"config.json: {len(types)} layer_types for {num_layers} layers")
+    known = {"sliding_attention": window, "full_attention": None}
+    if unknown := set(types) - set(known):
+        raise ValueError(f"config.json: layer_types {sorted(unknown)} are not served")
+    return tuple(known[name] for name in types)
+
+
+def _parse_rope(raw: Mapping[str, Any], longest: int) -> RopeConfig:
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
+    if rope_type not in RopeType.__args__:
+        names = ", ".join(RopeType.__args__)
+        raise ValueError(f"config.json: rope_type {rope_type!r} is not served; known: {names}")
+    if scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor other than 1 is not served")
+    if rope_type in ("linear", "dynamic", "llama3", "yarn") and "factor" not in scaling:
+        raise ValueError(f"config.json: rope_type {rope_type!r} needs a factor")
+    given = {
+        field.name: scaling[field.name]
+        for field in dataclasses.fields(RopeConfig)
+        if scaling.get(field.name) is not None and field.name != "rope_type"
+    }
+    return RopeConfig(
+        rope_type=rope_type,
+        theta=scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+        original_context_length=scaling.get("original_max_position_embeddings") or longest,
+        **given,
+    )
+
+
+def _check(config: ModelConfig) -> None:
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"config.json: num_attention_heads {config.num_heads} is no multiple of "
+            f"num_key_value_heads {config.num_kv_heads}"
+        )
+    if config.head_dim % 2:
+        raise ValueError(f"config.json: head_dim {config.head_dim} is odd")
+    if config.dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"config.json: dtype {config.dtype!r} is not served")
+
+
+def _required(raw: Mapping[str, Any], key: str) -> int:
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"config.json: {key} is {value!r}, needs a positive integer")
+    return value
+
+
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return raw

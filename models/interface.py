@@ -1,0 +1,70 @@
+"""What a model and its caller agree on. A model computes q, k and v; how they attend is injected.
+
+The same model file therefore serves from a paged cache, trains with dense causal attention and
+never sees a page.
+"""
+
+import dataclasses
+import typing
+from typing import Protocol, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+
+class Attend(Protocol):
+    """A pytree that the model threads through its layers."""
+
+    def __call__(
+        self,
+        layer: Int32[Array, ""],
+        q: Float[Array, "T N H"],
+        k: Float[Array, "T K H"],
+        v: Float[Array, "T K H"],
+        *,
+        window: int | None,
+    ) -> tuple[Float[Array, "T N H"], Self]:
+        """Attention of the tokens of one layer, and itself with whatever it has stored."""
+        ...
+
+
+class CausalLM(Protocol):
+    """A decoder that predicts the next token."""
+
+    def __call__[A: Attend](
+        self, tokens: Int32[Array, " T"], positions: Int32[Array, " T"], attend: A
+    ) -> tuple[Float[Array, "T D"], A]:
+        """The last layer's normalised hidden states of packed tokens."""
+        ...
+
+    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Scores of every token of the vocabulary, in float32."""
+        ...
+
+
+@typing.no_type_check  # a pytree: its leaves are not always arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CausalAttention:
+    """Dense causal attention over the packed tokens themselves; nothing is stored. For training.
+
+    Tokens of different segments do not see each other. Costs T * T whatever the segments are.
+    """
+
+    segment_ids: Int32[Array, " T"] | None = None
+
+    def __call__(self, layer, q, k, v, *, window=None):
+        num_tokens, num_heads, head_dim = q.shape
+        num_kv_heads = k.shape[1]
+        grouped = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        scores = jnp.einsum("tkgh,skh->kgts", grouped, k, preferred_element_type=jnp.float32)
+        query, key = jnp.arange(num_tokens)[:, None], jnp.arange(num_tokens)[None]
+        visible = key <= query
+        if window is not None:
+            visible &= key > query - window
+        if self.segment_ids is not None:
+            visible &= self.segment_ids[:, None] == self.segment_ids[None]
+        scores = jnp.where(visible, scores * head_dim**-0.5, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("kgts,skh->tkgh", weights, v).reshape(q.shape), self

@@ -1,0 +1,147 @@
+"""Building blocks. A parameter keeps the checkpoint's [out, in] layout; several may be fused.
+
+Each parameter says what the rest of jaxserve must know of it:
+  kind   "matrix", "bias" or "norm"
+  axes   the logical axis of each dimension, which `sharding` maps to the mesh
+  parts  the checkpoint's tensors that it holds, and where: (name, index); the name replaces that
+         of the fused module (`qkv_proj` -> `q_proj`), and "" keeps it
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.interface import Attend
+from jaxserve.models.rope import Rope, apply_rope
+
+Parts = tuple[tuple[str, tuple[slice, ...]], ...]
+WHOLE: Parts = (("", ()),)
+
+
+def param(
+    *shape: int, dtype, kind: str, axes: tuple[str | None, ...], parts: Parts = WHOLE
+) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, dtype), kind=kind, axes=axes, parts=parts)
+
+
+class Linear(nnx.Module):
+    def __init__(
+        self, in_size: int, out_size: int, *, dtype, axes: tuple[str | None, str | None], bias=False
+    ):
+        self.weight = param(out_size, in_size, dtype=dtype, kind="matrix", axes=axes)
+        self.bias = param(out_size, dtype=dtype, kind="bias", axes=axes[:1]) if bias else None
+
+    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        y = jnp.einsum("ti,oi->to", x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class FusedLinear(nnx.Module):
+    """Several projections of the same input in one matrix `[*lead, in]`, read as `parts` of it."""
+
+    def __init__(
+        self,
+        in_size: int,
+        lead: tuple[int, ...],
+        *,
+        parts: Parts,
+        dtype,
+        axes: tuple[str | None, ...],
+        bias=False,
+    ):
+        make = {"dtype": dtype, "parts": parts}
+        self.weight = param(*lead, in_size, kind="matrix", axes=(*axes, None), **make)
+        self.bias = param(*lead, kind="bias", axes=axes, **make) if bias else None
+
+    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T *lead"]:
+        y = jnp.einsum("ti,...i->t...", x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """https://arxiv.org/abs/1910.07467"""
+
+    def __init__(self, size: int, *, eps: float, dtype):
+        self.weight = param(size, dtype=dtype, kind="norm", axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * x32.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    def __init__(self, vocab_size: int, size: int, *, dtype):
+        axes = ("vocab", None)
+        self.weight = param(vocab_size, size, dtype=dtype, kind="matrix", axes=axes)
+
+    def __call__(self, ids: Int32[Array, " T"]) -> Float[Array, "T D"]:
+        return self.weight[...][ids]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (https://arxiv.org/abs/2305.13245) with rotary positions.
+
+    q, k and v are one matrix, grouped by KV head: `[K, G query heads + k + v, H, D]`.
+    """
+
+    def __init__(self, c: ModelConfig, dtype, *, window: int | None, qk_norm: bool = False):
+        group = c.num_heads // c.num_kv_heads
+        self.qkv_proj = FusedLinear(
+            c.hidden_size,
+            (c.num_kv_heads, group + 2, c.head_dim),
+            parts=(
+                ("q_proj", (slice(None), slice(0, group))),
+                ("k_proj", (slice(None), slice(group, group + 1))),
+                ("v_proj", (slice(None), slice(group + 1, group + 2))),
+            ),
+            dtype=dtype,
+            axes=("kv_heads", None, None),
+            bias=c.attention_bias,
+        )
+        self.o_proj = Linear(
+            c.num_heads * c.head_dim,
+            c.hidden_size,
+            dtype=dtype,
+            axes=(None, "heads"),
+            bias=c.attention_out_bias,
+        )
+        self.q_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps, dtype=dtype) if qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps, dtype=dtype) if qk_norm else None
+        self.window = window
+
+    def __call__[A: Attend](
+        self, x: Float[Array, "T D"], rope: Rope, attend: A, layer: Int32[Array, ""]
+    ) -> tuple[Float[Array, "T D"], A]:
+        qkv = self.qkv_proj(x)
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        q = q.reshape(len(x), -1, q.shape[-1])
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        out, attend = attend(layer, q, k, v, window=self.window)
+        return self.o_proj(out.reshape(len(x), -1)), attend
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202); gate and up are one matrix `[2, F, D]`."""
+
+    def __init__(self, c: ModelConfig, dtype):
+        self.gate_up_proj = FusedLinear(
+            c.hidden_size,
+            (2, c.intermediate_size),
+            parts=(("gate_proj", (slice(0, 1),)), ("up_proj", (slice(1, 2),))),
+            dtype=dtype,
+            axes=(None, "mlp"),
+            bias=c.mlp_bias,
+        )
+        self.down_proj = Linear(
+            c.intermediate_size, c.hidden_size, dtype=dtype, axes=(None, "mlp"), bias=c.mlp_bias
+        )
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        gate_up = self.gate_up_proj(x)
+        return self.down_proj(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1])

@@ -1,0 +1,86 @@
+"""Llama 2 and 3 (https://arxiv.org/abs/2407.21783), and the body of every decoder that is built
+like it: their files say only where they differ."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.interface import Attend
+from jaxserve.models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm
+from jaxserve.models.rope import Rope, rope_tables
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, c: ModelConfig, dtype, *, window: int | None, qk_norm: bool):
+        self.self_attn = Attention(c, dtype, window=window, qk_norm=qk_norm)
+        self.mlp = GatedMLP(c, dtype)
+        self.input_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=dtype)
+
+    def __call__[A: Attend](
+        self, x: Float[Array, "T D"], rope: Rope, attend: A, layer: Int32[Array, ""]
+    ) -> tuple[Float[Array, "T D"], A]:
+        attended, attend = self.self_attn(self.input_layernorm(x), rope, attend, layer)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), attend
+
+
+# Traced once for all layers of one kind: unrolled layers run fastest, but tracing 32 of them does
+# not.
+run_layer = jax.jit(DecoderLayer.__call__)
+
+
+class Backbone(nnx.Module):
+    def __init__(self, c: ModelConfig, dtype, *, qk_norm: bool):
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype=dtype)
+        self.layers = nnx.List(
+            [DecoderLayer(c, dtype, window=window, qk_norm=qk_norm) for window in c.windows]
+        )
+        self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=dtype)
+        self.config = c
+
+    def __call__[A: Attend](
+        self, tokens: Int32[Array, " T"], positions: Int32[Array, " T"], attend: A
+    ) -> tuple[Float[Array, "T D"], A]:
+        x, rope = self.embed_tokens(tokens), rope_tables(self.config, positions)
+        for i, layer in enumerate(self.layers):
+            x, attend = run_layer(layer, x, rope, attend, jnp.int32(i))
+        return self.norm(x), attend
+
+
+class LlamaForCausalLM(nnx.Module):
+    qk_norm = False
+
+    @staticmethod
+    def read_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+        """The fields of ModelConfig that this architecture reads in its own way."""
+        bias = raw.get("attention_bias", False)
+        return {
+            "attention_bias": bias,
+            "attention_out_bias": bias,
+            "mlp_bias": raw.get("mlp_bias", False),
+        }
+
+    def __init__(self, c: ModelConfig, dtype):
+        self.model = Backbone(c, dtype, qk_norm=self.qk_norm)
+        self.lm_head = (
+            None
+            if c.tie_word_embeddings
+            else Linear(c.hidden_size, c.vocab_size, dtype=dtype, axes=("vocab", None))
+        )
+
+    def __call__[A: Attend](
+        self, tokens: Int32[Array, " T"], positions: Int32[Array, " T"], attend: A
+    ) -> tuple[Float[Array, "T D"], A]:
+        return self.model(tokens, positions, attend)
+
+    def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return jnp.einsum(
+            "bd,vd->bv", hidden, head.weight[...], preferred_element_type=jnp.float32
+        )

@@ -1,0 +1,15 @@
+"""Mistral (https://arxiv.org/abs/2310.06825): Llama without biases, with a window over all layers
+where the config has one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.models.config import ModelConfig, layer_windows
+from jaxserve.models.llama import LlamaForCausalLM
+
+
+class MistralForCausalLM(LlamaForCausalLM):
+    @staticmethod
+    def read_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+        window = raw.get("sliding_window")
+        return {"windows": layer_windows(raw, config.num_layers, window, first_windowed=0)}

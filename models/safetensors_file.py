@@ -1,0 +1,135 @@
+"""Reads safetensors (https://huggingface.co/docs/safetensors) with `pread`, every dtype included.
+
+Never a memory map: a file that a trainer truncates while it is mapped kills the process. The
+header is checked in full before any of it is believed, because a checkpoint is untrusted input.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import struct
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+
+MAX_HEADER_BYTES = 100_000_000
+DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies: bytes `start` to `start + nbytes` of its file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFile:
+    """An open file and its checked header."""
+
+    def __init__(self, path: str | pathlib.Path):
+        """Raises ValueError, naming the file, where the header is not sound."""
+        self.path = pathlib.Path(path)
+        self._fd = os.open(self.path, os.O_RDONLY)
+        try:
+            self.tensors = _read_header(self._fd)
+        except ValueError as error:
+            os.close(self._fd)
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def read_into(self, name: str, offset: int, out: np.ndarray) -> None:
+        """Fills the contiguous `out` from the tensor's bytes at `offset`; dtypes must be equal."""
+        tensor = self.tensors[name]
+        assert out.flags.c_contiguous and out.dtype == tensor.dtype
+        assert 0 <= offset and offset + out.nbytes <= tensor.nbytes
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        position = tensor.start + offset
+        while len(view):
+            count = os.preadv(self._fd, [view], position)
+            if not count:
+                raise ValueError(f"{self.path}: ends inside {name}; was it rewritten?")
+            view, position = view[count:], position + count
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _read_header(fd: int) -> dict[str, Tensor]:
+    file_size = os.fstat(fd).st_size
+    prefix = os.pread(fd, 8, 0)
+    if len(prefix) < 8:
+        raise ValueError("too short for a header")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(MAX_HEADER_BYTES, file_size - 8):
+        raise ValueError(f"header of {length} bytes in a file of {file_size}")
+    try:
+        entries = json.loads(os.pread(fd, length, 8))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"header is not JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError("header is no JSON object")
+    entries.pop("__metadata__", None)
+    tensors = {name: _parse_entry(name, entry, 8 + length) for name, entry in entries.items()}
+    _check_coverage(tensors, 8 + length, file_size)
+    return tensors
+
+
+def _parse_entry(name: str, entry: Any, data_start: int) -> Tensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{name}: entry lacks dtype, shape or data_offsets") from error
+    if dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype {dtype!r} is not read; known: {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not all(_is_size(n) for n in (*shape, begin, end)):
+        raise ValueError(f"{name}: shape and offsets must be whole numbers that are not negative")
+    tensor = Tensor(DTYPES[dtype], tuple(shape), data_start + begin)
+    if end - begin != tensor.nbytes:
+        raise ValueError(f"{name}: {end - begin} bytes for {dtype}{shape}")
+    return tensor
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
+def _check_coverage(tensors: dict[str, Tensor], position: int, file_size: int) -> None:
+    """The tensors fill the rest of the file, without holes or overlaps."""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if tensor.start != position:
+            raise ValueError(f"{name}: begins at byte {tensor.start}, expected {position}")
+        position += tensor.nbytes
+    if position != file_size:
+        raise ValueError(f"has {file_size} bytes, its tensors end at {position}")

@@ -1,0 +1,252 @@
+"""Between a checkpoint's tensors and a model's parameters, both ways, without per-model tables.
+
+A parameter knows which tensors it holds and where (`layers.Parts`); from that follows one list of
+views: (checkpoint name, parameter, index). Loading reads each tensor straight into its place.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import pathlib
+import threading
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxserve.models.safetensors_file import SafetensorsFile, Tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+READERS = 4  # threads: pread leaves the GIL, and one thread does not saturate a fast disk
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """One checkpoint tensor and its place in a parameter."""
+
+    name: str
+    path: tuple[str | int, ...]  # of the parameter in the tree
+    index: tuple[slice, ...]
+    shape: tuple[int, ...]  # of the tensor in the checkpoint
+    part_shape: tuple[int, ...]  # of `parameter[index]`: the same numbers in the same order
+
+
+def views(params: nnx.State) -> list[View]:
+    """Every checkpoint tensor that the parameters hold, in the tree's order."""
+    found = []
+    for path, leaf in nnx.to_flat_state(params):
+        metadata = leaf.get_metadata()
+        for part, index in metadata["parts"]:
+            module = (*path[:-2], part) if part else path[:-1]
+            part_shape = tuple(
+                len(range(*cut.indices(size))) for cut, size in zip(index, leaf.shape, strict=False)
+            ) + tuple(leaf.shape[len(index) :])
+            shape = part_shape
+            if metadata["kind"] == "matrix":
+                shape = (int(np.prod(part_shape[:-1])), part_shape[-1])
+            elif metadata["kind"] == "bias":
+                shape = (int(np.prod(part_shape)),)
+            name = ".".join(map(str, (*module, path[-1])))
+            found.append(View(name, tuple(path), index, shape, part_shape))
+    return found
+
+
+def checkpoint_tensors(params: nnx.State) -> dict[str, np.ndarray]:
+    """The parameters under the checkpoint's names and in its shapes, on the host."""
+    leaves = dict(nnx.to_flat_state(params))
+    host = {path: np.asarray(leaf[...]) for path, leaf in leaves.items()}
+    return {
+        view.name: np.ascontiguousarray(host[view.path][view.index]).reshape(view.shape)
+        for view in views(params)
+    }
+
+
+class Checkpoint:
+    """The safetensors files of a folder, opened, and which of them holds each tensor."""
+
+    def __init__(self, folder: str | pathlib.Path):
+        """Raises FileNotFoundError where a file is missing, ValueError where one is not sound."""
+        self.folder = pathlib.Path(folder)
+        self.files = [SafetensorsFile(path) for path in _shard_paths(self.folder)]
+        self._file_of = {name: file for file in self.files for name in file.tensors}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def names(self) -> Iterable[str]:
+        return self._file_of.keys()
+
+    def file_of(self, name: str) -> SafetensorsFile:
+        return self._file_of[name]
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file_of[name].tensors[name]
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
+    index = folder / INDEX_FILE
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} has no usable weight_map: {error}") from error
+        if outside := [name for name in names if pathlib.PurePath(name).name != name]:
+            raise ValueError(f"{index} names files outside its folder: {outside}")
+        paths = [folder / name for name in names]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise FileNotFoundError(f"Cannot find any model weights with `{folder}`")
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+    return paths
+
+
+def check(checkpoint: Checkpoint, abstract: nnx.State) -> None:
+    """Compares names, shapes and dtypes from the headers alone.
+
+    Raises:
+      ValueError: names every difference (of each sort, the first eight).
+    """
+    wanted = {view.name: view for view in views(abstract)}
+    problems = []
+
+    def report(what: str, names: list[str]) -> None:
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            problems.append(f"{what}: {', '.join(names[:8])}{more}")
+
+    report("missing", [name for name in wanted if name not in checkpoint])
+    report("not in the model", [n for n in checkpoint.names() if _is_extra(n, wanted)])
+    present = [view for view in wanted.values() if view.name in checkpoint]
+    report(
+        "wrong shape",
+        [
+            f"{view.name} (checkpoint {list(shape)}, model {list(view.shape)})"
+            for view in present
+            if (shape := checkpoint.tensor(view.name).shape) != view.shape
+        ],
+    )
+    report(
+        "not floating point",
+        [
+            f"{view.name} ({dtype})"
+            for view in present
+            if not jnp.issubdtype(dtype := checkpoint.tensor(view.name).dtype, jnp.floating)
+        ],
+    )
+    if problems:
+        raise ValueError(f"{checkpoint.folder} does not fit the model: {'; '.join(problems)}")
+
+
+def _is_extra(name: str, wanted: dict[str, View]) -> bool:
+    if name in wanted or name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints
+        return False
+    return not (name == "lm_head.weight" and "model.embed_tokens.weight" in wanted)
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    abstract: nnx.State,
+    shardings: nnx.State | None = None,
+    on_bytes: Callable[[pathlib.Path, int], None] | None = None,
+) -> nnx.State:
+    """Reads every parameter of `abstract` (from `create_model`), cast to its dtype.
+
+    Args:
+      shardings: a tree like `abstract`; the default device unless given. Each process reads what
+        its own devices hold.
+      on_bytes: called with a file and a number of bytes as they arrive, from several threads.
+
+    Raises:
+      ValueError: the checkpoint does not fit; nothing was read.
+    """
+    check(checkpoint, abstract)
+    leaves = nnx.to_flat_state(abstract)
+    where = dict(nnx.to_flat_state(shardings)) if shardings is not None else {}
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    parts: dict[tuple, list[View]] = {}
+    for view in views(abstract):
+        parts.setdefault(view.path, []).append(view)
+    report = on_bytes or (lambda path, count: None)
+
+    def load(path, leaf):
+        def read_shard(index):
+            return _read_shard(checkpoint, parts[tuple(path)], leaf, index, report)
+
+        sharding = where[path][...] if path in where else default
+        return leaf.replace(jax.make_array_from_callback(leaf.shape, sharding, read_shard))
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        arrays = list(pool.map(lambda item: load(*item), leaves))
+    return nnx.from_flat_state(
+        {tuple(path): array for (path, _), array in zip(leaves, arrays, strict=True)}
+    )
+
+
+def _read_shard(checkpoint, parts: list[View], leaf, index, report) -> np.ndarray:
+    """The block `index` of a parameter, assembled from the checkpoint tensors that meet it."""
+    bounds = [cut.indices(size)[:2] for cut, size in zip(index, leaf.shape, strict=True)]
+    out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+    for view in parts:
+        starts = [cut.indices(n)[0] for cut, n in zip(view.index, leaf.shape, strict=False)]
+        starts += [0] * (len(bounds) - len(starts))
+        box, place = [], []
+        for start, size, (low, high) in zip(starts, view.part_shape, bounds, strict=True):
+            first, last = max(low, start), min(high, start + size)
+            box.append((first - start, last - start))
+            place.append(slice(first - low, last - low))
+        if all(last > first for first, last in box):
+            _read_box(checkpoint, view, box, out[tuple(place)], report)
+    return out
+
+
+def _read_box(checkpoint, view: View, box: list[tuple[int, int]], out: np.ndarray, report) -> None:
+    """Reads `box` of a tensor seen as `part_shape` into `out`, a block of the host's array."""
+    file, tensor = checkpoint.file_of(view.name), checkpoint.tensor(view.name)
+    shape = view.part_shape
+    while len(shape) > 1 and shape[0] == 1:  # so that the first axis is the one that is cut
+        shape, box, out = shape[1:], box[1:], out[0]
+    (first, last), inner = box[0], box[1:]
+    row_bytes = tensor.nbytes // max(shape[0], 1)
+    is_whole_rows = all(cut == (0, size) for cut, size in zip(inner, shape[1:], strict=True))
+    if is_whole_rows and out.dtype == tensor.dtype:
+        blocks = [out] if out.flags.c_contiguous else out
+        for i, block in enumerate(blocks):
+            file.read_into(view.name, (first + i) * row_bytes, block)
+    else:
+        rows = np.empty((last - first, *shape[1:]), tensor.dtype)
+        file.read_into(view.name, first * row_bytes, rows)
+        out[...] = rows[(slice(None), *(slice(*cut) for cut in inner))].astype(out.dtype)
+    report(file.path, (last - first) * row_bytes)
+
+
+class ShardProgress:
+    """Counts the bytes of each file and calls `on_file(done, total, gigabytes)` when one is read."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        abstract: nnx.State,
+        on_file: Callable[[int, int, float], None],
+    ):
+        self._left: dict[pathlib.Path, int] = {}
+        for view in views(abstract):
+            path = checkpoint.file_of(view.name).path
+            self._left[path] = self._left.get(path, 0) + checkpoint.tensor(view.name).nbytes
+        self._lock, self._on_file = threading.Lock(), on_file
+        self._total, self._gigabytes = len(self._left), 0.0
+
+    def __call__(self, path: pathlib.Path, count: int) -> None:
+        with self._lock:
+            self._left[path] -= count
+            self._gigabytes += count / 1e9
+            if self._left[path] <= 0:
+                del self._left[path]
+                self._on_file(self._total - len(self._left), self._total, self._gigabytes)
