@@ -8,7 +8,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
@@ -145,26 +145,43 @@ def layer_windows(
 
 
 def _parse_rope(raw: Mapping[str, Any], longest: int) -> RopeConfig:
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
-    if rope_type not in RopeType.__args__:
-        names = ", ".join(RopeType.__args__)
+    if rope_type not in get_args(RopeType):
+        names = ", ".join(get_args(RopeType))
         raise ValueError(f"config.json: rope_type {rope_type!r} is not served; known: {names}")
     if scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not served")
-    if rope_type in ("linear", "dynamic", "llama3", "yarn") and "factor" not in scaling:
+    # As transformers does it: dynamic scaling starts where the model's own context ends, and the
+    # key beside the scaling goes before the one within.
+    original = longest
+    if rope_type in ("llama3", "yarn"):
+        key = "original_max_position_embeddings"
+        original = raw.get(key) or scaling.get(key) or longest
+    factor = scaling.get("factor")
+    if factor is None and rope_type == "yarn" and "factor" in scaling:
+        factor = longest / original
+    if factor is None and rope_type != "default":
         raise ValueError(f"config.json: rope_type {rope_type!r} needs a factor")
-    given = {
-        field.name: scaling[field.name]
-        for field in dataclasses.fields(RopeConfig)
-        if scaling.get(field.name) is not None and field.name != "rope_type"
-    }
     return RopeConfig(
         rope_type=rope_type,
         theta=scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0,
-        original_context_length=scaling.get("original_max_position_embeddings") or longest,
-        **given,
+        factor=factor or 1.0,
+        original_context_length=original,
+        **{name: scaling[name] for name in _ROPE_OPTIONS if scaling.get(name) is not None},
     )
+
+
+_ROPE_OPTIONS = (
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
 
 
 def _check(config: ModelConfig) -> None:

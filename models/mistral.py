@@ -11,5 +11,9 @@ from jaxserve.models.llama import LlamaForCausalLM
 class MistralForCausalLM(LlamaForCausalLM):
     @staticmethod
     def read_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-        window = raw.get("sliding_window")
-        return {"windows": layer_windows(raw, config.num_layers, window, first_windowed=0)}
+        # What transformers takes where config.json is silent.
+        window = raw.get("sliding_window", 4096)
+        return {
+            "num_kv_heads": raw.get("num_key_value_heads") or 8,
+            "windows": layer_windows(raw, config.num_layers, window, first_windowed=0),
+        }

@@ -1,0 +1,161 @@
+"""Every option of the engine and the server, written once: the command line is made from it."""
+
+import dataclasses
+from typing import Any
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    group: str,
+    help: str,
+    choices: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+) -> Any:
+    metadata = {"group": group, "help": help, "choices": choices, "aliases": aliases}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+MODEL, MEMORY, API, SERVER, LOGS = (
+    "Model and weights",
+    "Memory and scheduling",
+    "API behaviour",
+    "HTTP server",
+    "Logging",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the engine needs to know; names and meanings are SGLang's."""
+
+    model_path: str = option(
+        group=MODEL,
+        aliases=("--model",),
+        help="folder with config.json and safetensors, or a name on the Hugging Face hub",
+    )
+    tokenizer_path: str | None = option(
+        None, group=MODEL, help="folder or hub name of the tokenizer (default: --model-path)"
+    )
+    skip_tokenizer_init: bool = option(
+        False, group=MODEL, help="load no tokenizer: requests carry input_ids, answers output_ids"
+    )
+    load_format: str = option(
+        "auto",
+        group=MODEL,
+        choices=("auto", "safetensors", "dummy"),
+        help="auto and safetensors read the checkpoint; dummy draws random weights of its shape",
+    )
+    dtype: str = option(
+        "auto",
+        group=MODEL,
+        choices=("auto", "bfloat16", "float16", "float32"),
+        help="of weights, activations and KV cache (auto: as config.json says)",
+    )
+    context_length: int | None = option(
+        None, group=MODEL, help="most tokens of a request, prompt and output (default: the model's)"
+    )
+    served_model_name: str | None = option(
+        None, group=MODEL, help="the id in /v1/models (default: --model-path)"
+    )
+    revision: str | None = option(None, group=MODEL, help="branch, tag or commit on the hub")
+    download_dir: str | None = option(
+        None, group=MODEL, help="where hub downloads are kept (default: the hub's own cache)"
+    )
+    json_model_override_args: str = option(
+        "{}", group=MODEL, help="a JSON object laid over config.json"
+    )
+    weight_version: str = option(
+        "default", group=MODEL, help="a label of the weights, reported in every meta_info"
+    )
+    random_seed: int | None = option(
+        None, group=MODEL, help="of dummy weights and of requests without a sampling_seed"
+    )
+
+    device: str = option(
+        "auto",
+        group=MEMORY,
+        choices=("auto", "cpu", "cuda", "tpu"),
+        help="where the model runs (auto: the accelerator that JAX finds)",
+    )
+    mem_fraction_static: float = option(
+        0.88, group=MEMORY, help="share of the device's memory for weights and KV cache"
+    )
+    max_total_tokens: int | None = option(
+        None, group=MEMORY, help="tokens in the KV cache (default: as many as fit)"
+    )
+    page_size: int = option(16, group=MEMORY, help="tokens in a page of the KV cache, 1 to 128")
+    max_running_requests: int | None = option(
+        None, group=MEMORY, help="requests in a step (default: 16 on a CPU, 256 elsewhere)"
+    )
+    chunked_prefill_size: int | None = option(
+        None,
+        group=MEMORY,
+        help="most prompt tokens in a step; longer prompts take several "
+        "(default: 512 on a CPU, 8192 elsewhere)",
+    )
+    compilation_cache_dir: str | None = option(
+        None,
+        group=MEMORY,
+        help="where compiled programs are kept between starts; 'none' keeps none "
+        "(default: ~/.cache/jaxserve)",
+    )
+
+    allow_auto_truncate: bool = option(
+        False, group=API, help="cut a prompt that is too long instead of refusing it"
+    )
+    preferred_sampling_params: str | None = option(
+        None, group=API, help="a JSON object of sampling parameters, under each request's own"
+    )
+    stream_interval: int = option(1, group=API, help="tokens from one event of a stream to the next")
+
+    log_level: str = option(
+        "info", group=LOGS, choices=("debug", "info", "warning", "error"), help="of all logs"
+    )
+    decode_log_interval: int = option(
+        40, group=LOGS, help="decode steps from one throughput line to the next"
+    )
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that no model could make right; names the flag."""
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {value}: must be from {low} to {high}")
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model_path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig(EngineConfig):
+    """The engine's options and the HTTP server's."""
+
+    host: str = option("127.0.0.1", group=SERVER, help="address to listen on")
+    port: int = option(30000, group=SERVER, help="port to listen on, 0 for a free one")
+    skip_server_warmup: bool = option(
+        False, group=SERVER, help="do not answer a first request of its own before saying ready"
+    )
+    max_request_bytes: int = option(
+        16 << 20, group=SERVER, help="largest body of a request, beyond it 413"
+    )
+    shutdown_timeout: float = option(
+        30.0, group=SERVER, help="seconds that running requests get to finish after SIGTERM"
+    )
+    log_requests: bool = option(False, group=LOGS, help="log every request's parameters and length")
+
+
+_MOST = 2**31 - 1
+_RANGES = (
+    ("page_size", 1, 128),
+    ("mem_fraction_static", 0.01, 1.0),
+    ("context_length", 2, _MOST),
+    ("max_total_tokens", 1, _MOST),
+    ("max_running_requests", 1, 4096),
+    ("chunked_prefill_size", 1, 1 << 20),
+    ("stream_interval", 1, _MOST),
+    ("decode_log_interval", 1, _MOST),
+    ("random_seed", 0, 2**63 - 1),
+)

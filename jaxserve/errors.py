@@ -1,0 +1,14 @@
+"""What a caller can do wrong, told apart from what we can."""
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as it is; the message is for the one who sent it."""
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400):
+        super().__init__(message)
+        self.param = param
+        self.status = status
+
+
+class EngineDied(RuntimeError):
+    """The engine is gone; no request will be answered any more."""

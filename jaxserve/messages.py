@@ -1,0 +1,75 @@
+"""What passes between the two ends of the engine's socket, as msgpack. No pickle anywhere."""
+
+from typing import Any
+
+import msgspec
+
+from jaxserve.request import Request, RequestUpdate
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag="add"):
+    request: Request
+
+
+class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
+    rid: str
+
+
+class Call(msgspec.Struct, frozen=True, tag="call"):
+    """A control operation; its answer is a `Reply` with the same id."""
+
+    call_id: int
+    operation: str
+    arguments: dict[str, Any] = {}
+
+
+ToEngine = AddRequest | AbortRequest | Call
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What the other side must know of the engine to check requests and to describe it."""
+
+    architecture: str
+    model_type: str
+    model_folder: str
+    tokenizer_folder: str | None
+    vocab_size: int
+    context_length: int
+    max_total_num_tokens: int
+    max_running_requests: int
+    chunked_prefill_size: int
+    page_size: int
+    eos_token_ids: list[int]
+    dtype: str
+    device: str
+    num_devices: int
+    weight_bytes: int
+    kv_cache_bytes: int
+    startup_seconds: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    info: EngineInfo
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
+    message: str
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag="step"):
+    """One step's news of all its requests, in one message."""
+
+    updates: list[RequestUpdate]
+
+
+class Reply(msgspec.Struct, frozen=True, tag="reply"):
+    call_id: int
+    value: Any = None
+    error: str | None = None
+
+
+FromEngine = Ready | StartFailed | StepOutput | Reply
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

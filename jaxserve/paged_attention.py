@@ -1,0 +1,29 @@
+"""The `attend` that serving injects into a model: keys and values go to pages of the cache."""
+
+import dataclasses
+import typing
+from typing import Any
+
+import jax
+from jaxtyping import Array, Int32
+
+from pallas_kernels import attention
+from pallas_kernels.attention import KVCache, RaggedBatch
+
+
+@typing.no_type_check  # a pytree: its leaves are not always arrays
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedAttention:
+    cache: KVCache
+    slot_mapping: Int32[Array, " T"]
+    plan: Any  # of the attention op, for this step's batch
+
+    @classmethod
+    def of(cls, cache: KVCache, slot_mapping: Int32[Array, " T"], batch: RaggedBatch):
+        return cls(cache, slot_mapping, attention.plan(batch, len(slot_mapping)))
+
+    def __call__(self, layer, q, k, v, *, window=None):
+        cache = attention.write_kv(self.cache, layer, k, v, self.slot_mapping)
+        out = attention.paged_attention(q, cache, layer, self.plan, window=window)
+        return out, dataclasses.replace(self, cache=cache)

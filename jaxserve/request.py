@@ -1,0 +1,50 @@
+"""One request to generate, and what is reported of it while it runs."""
+
+from typing import Any
+
+import msgspec
+
+from jaxserve.sampling_params import SamplingParams as SamplingParams
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A checked request: ids within the vocabulary, lengths within the context."""
+
+    rid: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    max_new_tokens: int  # clipped to what the context leaves
+    seed: int  # 64 bits
+
+
+class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a request ended, in SGLang's JSON."""
+
+    type: str  # "length", "stop" or "abort"
+    length: int | None = None
+    matched: int | str | None = None
+    message: str | None = None
+    status_code: int | None = None
+    err_type: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        if self.type == "length":
+            return {"type": "length", "length": self.length}
+        if self.type == "stop":
+            return {"type": "stop", "matched": self.matched}
+        return {
+            "type": "abort",
+            "message": self.message,
+            "status_code": self.status_code,
+            "err_type": self.err_type,
+        }
+
+
+class RequestUpdate(msgspec.Struct, frozen=True):
+    """The tokens that one step added to a request, and its end if it has come."""
+
+    rid: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+    num_retractions: int = 0

@@ -1,0 +1,128 @@
+"""How one request is sampled: the fields, their ranges, and the words for what is not served."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import msgspec
+
+from jaxserve.errors import RequestError
+
+GREEDY_BELOW = 1e-6  # temperatures under it mean "take the best token"
+MOST_STOPS = 32
+MOST_STOP_BYTES = 256
+MOST_STOP_TOKEN_IDS = 128
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """SGLang's sampling parameters, with its names, defaults and ranges."""
+
+    max_new_tokens: int | None = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+    stream_interval: int | None = None
+    sampling_seed: int | None = None
+
+    @classmethod
+    def parse(cls, given: Any) -> Self:
+        """Checks a JSON object of sampling parameters.
+
+        None means the default, for every field but `max_new_tokens`, where it means no limit.
+
+        Raises:
+          RequestError: names the field.
+        """
+        if not isinstance(given, Mapping):
+            raise RequestError(f"sampling_params must be an object, got {given!r}")
+        fields = {k: v for k, v in given.items() if v is not None or k == "max_new_tokens"}
+        for name, neutral in NOT_SERVED.items():
+            if name in fields and fields.pop(name) != neutral:
+                raise RequestError(f"{name} is not supported by this server yet", param=name)
+        if isinstance(fields.get("stop"), str):
+            fields["stop"] = [fields["stop"]]
+        try:
+            params = msgspec.convert(fields, cls)
+        except msgspec.ValidationError as error:
+            raise RequestError(f"sampling_params: {error}", param="sampling_params") from error
+        params._check()
+        return params
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
+
+    def _check(self) -> None:
+        def require(holds: bool, param: str, message: str) -> None:
+            if not holds:
+                raise RequestError(message, param=param)
+
+        limit, t = self.max_new_tokens, self.temperature
+        require(
+            limit is None or limit >= 0,
+            "max_new_tokens",
+            f"max_new_tokens must be at least 0, got {limit}.",
+        )
+        require(
+            0 <= t < float("inf"),
+            "temperature",
+            f"temperature must be a non-negative finite number, got {t}.",
+        )
+        require(0 < self.top_p <= 1, "top_p", f"top_p must be in (0, 1], got {self.top_p}.")
+        require(
+            self.top_k == -1 or 1 <= self.top_k < 2**31,
+            "top_k",
+            f"top_k must be -1 (disable) or at least 1, got {self.top_k}.",
+        )
+        require(
+            len(self.stop) <= MOST_STOPS,
+            "stop",
+            f"at most {MOST_STOPS} stop strings are allowed, got {len(self.stop)}",
+        )
+        for stop in self.stop:
+            size = len(stop.encode())
+            require(
+                0 < size <= MOST_STOP_BYTES,
+                "stop",
+                f"a stop string must have 1 to {MOST_STOP_BYTES} bytes, got {size}",
+            )
+        require(
+            len(self.stop_token_ids) <= MOST_STOP_TOKEN_IDS,
+            "stop_token_ids",
+            f"at most {MOST_STOP_TOKEN_IDS} stop_token_ids are allowed, "
+            f"got {len(self.stop_token_ids)}",
+        )
+        require(
+            self.stream_interval is None or self.stream_interval >= 1,
+            "stream_interval",
+            f"stream_interval must be at least 1, got {self.stream_interval}.",
+        )
+        require(
+            self.sampling_seed is None or -(2**63) <= self.sampling_seed < 2**63,
+            "sampling_seed",
+            f"sampling_seed must be in [-2**63, 2**63 - 1], got {self.sampling_seed}.",
+        )
+
+
+# What SGLang has and we do not yet: its neutral value is accepted, any other refused in words.
+NOT_SERVED: dict[str, Any] = {
+    "n": 1,
+    "min_p": 0.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+    "logit_bias": {},
+    "stop_regex": [],
+    "json_schema": "",
+    "regex": "",
+    "ebnf": "",
+    "structural_tag": "",
+    "custom_params": {},
+    "spaces_between_special_tokens": True,
+    "beam_width": 1,
+}

@@ -1,0 +1,68 @@
+"""What stays on the device from step to step.
+
+Every array has one shape for all buckets and is donated to the programs that change it: a buffer
+whose address changes makes XLA patch its CUDA graph at each launch, which costs two to three times
+the host's time.
+"""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from jaxserve.step_plan import NUM_SAMPLING
+from pallas_kernels.attention import KVCache, empty_kv_cache, kv_cache_shape
+
+OUT_COLUMNS = 2  # of `State.out`: token, 1 where the row's scores were finite
+
+
+@typing.no_type_check  # a pytree: its leaves are sometimes shapes
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """R requests at most, one row each; row R is the trash row, which padding reads and writes."""
+
+    kv: KVCache
+    page_table: Int32[Array, "R+1 M"]
+    seq_len: Int32[Array, " R+1"]  # tokens in the cache
+    last_token: Int32[Array, " R+1"]  # sampled, not yet in the cache
+    sampling: Int32[Array, "R+1 8"]  # as `step_plan.pack_sampling` packs it
+    hidden: Float[Array, "R+1 D"]  # of each row's newest token, from forward to sample
+    out: Int32[Array, "R+1 C"]  # what the host reads of a step
+
+
+@dataclasses.dataclass(frozen=True)
+class StateShape:
+    """The sizes that a state is made of."""
+
+    max_rows: int
+    pages_per_row: int
+    num_layers: int
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    dtype: jnp.dtype
+
+    def create(self) -> State:
+        """A state without requests."""
+        shape = kv_cache_shape(
+            num_layers=self.num_layers,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+        )
+        rows = self.max_rows + 1
+        return State(
+            kv=empty_kv_cache(shape, self.num_pages, self.dtype),
+            page_table=jnp.zeros((rows, self.pages_per_row), jnp.int32),
+            seq_len=jnp.zeros(rows, jnp.int32),
+            last_token=jnp.zeros(rows, jnp.int32),
+            sampling=jnp.zeros((rows, NUM_SAMPLING), jnp.int32),
+            hidden=jnp.zeros((rows, self.hidden_size), self.dtype),
+            out=jnp.zeros((rows, OUT_COLUMNS), jnp.int32),
+        )

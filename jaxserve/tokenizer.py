@@ -1,0 +1,57 @@
+"""Text to token ids and back. The `tokenizers` library alone; transformers only where a model has
+no tokenizer.json (it takes a second to import)."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+
+
+class Tokenizer:
+    """A model's tokenizer, from the files in its folder. Safe to use from several threads."""
+
+    def __init__(self, folder: str | pathlib.Path):
+        """Raises FileNotFoundError where the folder holds no tokenizer."""
+        folder = pathlib.Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        path = folder / "tokenizer.json"
+        backend = tokenizers.Tokenizer.from_file(str(path)) if path.exists() else _slow(folder)
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.eos_token_id = self._id_of(config.get("eos_token"))
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """With the special tokens that the tokenizer itself adds, such as a BOS."""
+        return self._backend.encode(text).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Ids beyond the vocabulary (a model's padding of it) have no text."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def _id_of(self, token: str | dict[str, Any] | None) -> int | None:
+        content = token.get("content") if isinstance(token, dict) else token
+        return None if content is None else self._backend.token_to_id(content)
+
+
+def _slow(folder: pathlib.Path) -> tokenizers.Tokenizer:
+    from transformers import AutoTokenizer  # converts a sentencepiece or tiktoken file
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer ({error}); name one with --tokenizer-path, "
+            "or serve token ids with --skip-tokenizer-init"
+        ) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise FileNotFoundError(f"{folder}: {type(tokenizer).__name__} has no fast form")
+    return backend
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,50 @@
+"""What transformers answered for one case: the file format, both ways."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+# A token whose logit exceeds the second best by less may differ from one implementation to another.
+CLOSE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt, logits after some of its tokens, and the greedy tokens that follow it."""
+
+    tokens: np.ndarray  # i32[T]
+    positions: np.ndarray  # i32[P], the last one is T - 1
+    logits: np.ndarray  # f32[P, V], scores of the token after each position
+    greedy_tokens: np.ndarray  # i32[G]
+    gaps: np.ndarray  # f32[G], by how much each greedy token's logit exceeds the second best
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    checkpoint: str  # digest of the weights it was made with
+    prompts: tuple[Prompt, ...]
+
+
+def golden_path(name: str) -> Path:
+    return FOLDER / f"{name}.npz"
+
+
+def write_golden(name: str, golden: Golden) -> None:
+    arrays = {"checkpoint": np.array(golden.checkpoint)}
+    for index, prompt in enumerate(golden.prompts):
+        for field in dataclasses.fields(Prompt):
+            arrays[f"{index}_{field.name}"] = getattr(prompt, field.name)
+    np.savez_compressed(golden_path(name), **arrays)
+
+
+def read_golden(name: str) -> Golden:
+    fields = [field.name for field in dataclasses.fields(Prompt)]
+    with np.load(golden_path(name)) as arrays:
+        num_prompts = (len(arrays.files) - 1) // len(fields)
+        prompts = [
+            Prompt(**{field: arrays[f"{index}_{field}"] for field in fields})
+            for index in range(num_prompts)
+        ]
+        return Golden(str(arrays["checkpoint"]), tuple(prompts))
