@@ -107,7 +107,9 @@ class EngineConfig:
     preferred_sampling_params: str | None = option(
         None, group=API, help="a JSON object of sampling parameters, under each request's own"
     )
-    stream_interval: int = option(1, group=API, help="tokens from one event of a stream to the next")
+    stream_interval: int = option(
+        1, group=API, help="tokens from one event of a stream to the next"
+    )
 
     log_level: str = option(
         "info", group=LOGS, choices=("debug", "info", "warning", "error"), help="of all logs"

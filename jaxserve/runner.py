@@ -47,9 +47,7 @@ class Runner:
         """Runs one step and returns `State.out`, i32[R + 1, C], as it is after it."""
         upload = plan.patch_array(self._pages_per_row)
         if upload is not None:
-            self._state = self._programs["patch", len(upload)](
-                self._state, jax.device_put(upload)
-            )
+            self._state = self._programs["patch", len(upload)](self._state, jax.device_put(upload))
         self._state = self._programs["forward", plan.num_tokens, plan.num_rows](
             self._weights, self._state, jax.device_put(plan.forward_array())
         )

@@ -114,6 +114,11 @@ class Scheduler:
                 updates.append(self._take_token(running, sampled[running.row]))
         return updates
 
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of running requests whose keys and values are in the cache."""
+        return sum(r.num_computed + max(r.num_output - 1, 0) for r in self.running.values())
+
     def check_integrity(self) -> None:
         self.allocator.check_integrity()
         held = [page for r in self.running.values() for page in r.pages]

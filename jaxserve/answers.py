@@ -1,0 +1,64 @@
+"""The answers to one call of generate, as its generations bring them."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxserve.generate_request import GenerateRequest
+from jaxserve.generation import Generation
+
+
+class Answers:
+    """Whoever is told of an update calls `take` until `is_over`."""
+
+    def __init__(
+        self,
+        parsed: GenerateRequest,
+        generations: list[Generation],
+        meta: Mapping[str, Any],
+        stream_interval: int,
+    ):
+        self.generations = generations
+        self._parsed, self._meta = parsed, meta
+        self._interval = [
+            g.request.sampling.stream_interval or stream_interval for g in generations
+        ]
+        self._num_sent = [0] * len(generations)
+        self._open = set(range(len(generations)))
+
+    @property
+    def is_over(self) -> bool:
+        return not self._open
+
+    def take(self) -> Iterator[dict[str, Any]]:
+        """What is new and due: every so many tokens of a stream, else the finished answers.
+
+        Those of a streamed batch carry an "index". Raises EngineDied.
+        """
+        for index in sorted(self._open):
+            generation = self.generations[index]
+            if generation.error is not None:
+                raise generation.error
+            if not self._is_due(index):
+                continue
+            self._num_sent[index] = len(generation.output_ids)
+            if generation.is_finished:
+                self._open.discard(index)
+            answer = generation.snapshot(
+                self._meta, with_prompt_ids=self._parsed.return_prompt_token_ids
+            )
+            if self._parsed.is_batch and self._parsed.stream:
+                answer["index"] = index
+            yield answer
+
+    def in_order(self, finished: list[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]]:
+        """The answers that `take` has given, as one call without a stream returns them."""
+        by_rid = {answer["meta_info"]["id"]: answer for answer in finished}
+        answers = [by_rid[generation.request.rid] for generation in self.generations]
+        return answers if self._parsed.is_batch else answers[0]
+
+    def _is_due(self, index: int) -> bool:
+        generation, sent = self.generations[index], self._num_sent[index]
+        if generation.is_finished or not self._parsed.stream:
+            return generation.is_finished
+        new = len(generation.output_ids) - sent
+        return new >= self._interval[index] or (sent == 0 and new > 0)

@@ -1,0 +1,156 @@
+"""The engine in this process, for programs that embed it: one thread steps, any thread asks."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from jaxserve.answers import Answers
+from jaxserve.config import EngineConfig
+from jaxserve.engine_core import EngineCore
+from jaxserve.errors import EngineDied
+from jaxserve.frontend import Frontend
+from jaxserve.messages import ToEngine
+
+
+class Engine:
+    """Serves a model. Answers have the shape of the HTTP API's /generate.
+
+    engine = Engine(model_path="path/to/model")
+    engine.generate("The capital of France is", {"temperature": 0})["text"]
+    """
+
+    def __init__(self, config: EngineConfig | None = None, **options: Any):
+        """Loads the model and compiles its programs.
+
+        Args:
+          config: or its fields as keywords, `model_path` first of all.
+
+        Raises:
+          FileNotFoundError, ValueError: the model or an option cannot be served; says why.
+        """
+        config = EngineConfig(**options) if config is None else config
+        self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._frontend = Frontend(config, self._inbox.put)
+        self._core = EngineCore(config)
+        self._frontend.set_ready(self._core.info, self._core.tokenizer)
+        self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.shutdown()
+
+    def generate(
+        self,
+        prompt: str | list[str] | None = None,
+        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
+        *,
+        input_ids: list[int] | list[list[int]] | None = None,
+        rid: str | list[str] | None = None,
+        stream: bool = False,
+    ) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
+        """Generates from one prompt or several, and blocks until the answer is there.
+
+        With `stream`, returns an iterator of growing answers; those of a batch carry an "index".
+
+        Raises:
+          RequestError: the request cannot be served; the message names the field.
+          EngineDied: the engine's thread has failed.
+        """
+        changed = threading.Event()
+        answers = self._submit(prompt, sampling_params, input_ids, rid, stream, changed.set)
+        stream_of_answers = self._follow(answers, changed)
+        return stream_of_answers if stream else answers.in_order(list(stream_of_answers))
+
+    async def async_generate(
+        self,
+        prompt: str | list[str] | None = None,
+        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
+        *,
+        input_ids: list[int] | list[list[int]] | None = None,
+        rid: str | list[str] | None = None,
+        stream: bool = False,
+    ) -> dict[str, Any] | list[dict[str, Any]] | AsyncIterator[dict[str, Any]]:
+        """As `generate`, awaited; with `stream`, the awaited result is an asynchronous iterator."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        answers = self._submit(
+            prompt,
+            sampling_params,
+            input_ids,
+            rid,
+            stream,
+            lambda: loop.call_soon_threadsafe(changed.set),
+        )
+        stream_of_answers = self._follow_async(answers, changed)
+        if stream:
+            return stream_of_answers
+        return answers.in_order([answer async for answer in stream_of_answers])
+
+    def flush_cache(self) -> bool:
+        """Empties the prefix cache; False, and nothing done, while requests are running."""
+        return self._frontend.call("flush_cache").result()
+
+    def shutdown(self) -> None:
+        """Ends the engine's thread; requests that are still running end with EngineDied."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._take_messages():
+                output = self._core.step()
+                if output is not None:
+                    self._frontend.deliver(output)
+            self._frontend.die(EngineDied("the engine was shut down"))
+        except BaseException as error:
+            self._frontend.die(EngineDied(f"the engine failed: {type(error).__name__}: {error}"))
+            raise
+
+    def _take_messages(self) -> bool:
+        """Takes in what has arrived, waiting where there is nothing to run; False at the end."""
+        while not self._core.has_work or not self._inbox.empty():
+            message = self._inbox.get()
+            if message is None:
+                return False
+            for answer in self._core.handle(message):
+                self._frontend.deliver(answer)
+        return True
+
+    def _submit(
+        self, prompt, sampling_params, input_ids, rid, stream, on_update: Callable[[], None]
+    ) -> Answers:
+        parsed, requests = self._frontend.prepare(
+            {
+                "text": prompt,
+                "input_ids": input_ids,
+                "sampling_params": sampling_params,
+                "rid": rid,
+                "stream": stream,
+            }
+        )
+        return self._frontend.submit(parsed, requests, on_update)
+
+    def _follow(self, answers: Answers, changed: threading.Event) -> Iterator[dict[str, Any]]:
+        try:
+            while not answers.is_over:
+                changed.wait()
+                changed.clear()
+                yield from answers.take()
+        finally:
+            self._frontend.abandon(answers)
+
+    async def _follow_async(
+        self, answers: Answers, changed: asyncio.Event
+    ) -> AsyncIterator[dict[str, Any]]:
+        try:
+            while not answers.is_over:
+                await changed.wait()
+                changed.clear()
+                for answer in answers.take():
+                    yield answer
+        finally:
+            self._frontend.abandon(answers)

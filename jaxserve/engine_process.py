@@ -1,0 +1,79 @@
+"""The engine as a process of its own: `python -m jaxserve.engine_process ADDRESS`.
+
+Started by `client`. The first line of standard input is the configuration; its end is the parent's
+end, even a killed one's, and then this process ends too. Messages go over one socket, one message
+per step for all requests.
+"""
+
+import logging
+import os
+import sys
+import threading
+
+import msgspec
+import zmq
+
+from jaxserve import logs, messages
+from jaxserve.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+IDLE_POLL_MS = 1000
+
+
+def main() -> None:
+    address = sys.argv[1]
+    config = EngineConfig(**msgspec.json.decode(sys.stdin.readline()))
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    logs.set_up(config.log_level)
+    _configure_jax(config)
+    socket = zmq.Context.instance().socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(address)
+    try:
+        core = _start(config, socket)
+        if core is not None:
+            _serve(core, socket)
+    finally:
+        socket.close(linger=1000)
+
+
+def _die_with_parent() -> None:
+    while sys.stdin.read(4096):
+        pass
+    os._exit(0)  # the parent is gone: nobody is left to answer, or to be told
+
+
+def _configure_jax(config: EngineConfig) -> None:
+    """What jax reads from the environment when it is first imported."""
+    if config.device != "auto":
+        os.environ["JAX_PLATFORMS"] = config.device
+    # The memory plan divides what JAX may take; three quarters, its default, is for notebooks.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+
+def _start(config: EngineConfig, socket: zmq.Socket):
+    from jaxserve.engine_core import EngineCore
+
+    try:
+        core = EngineCore(config)
+    except (ValueError, OSError, RuntimeError) as error:
+        logger.debug("start failed", exc_info=True)
+        socket.send(messages.encode(messages.StartFailed(str(error))))
+        return None
+    socket.send(messages.encode(messages.Ready(core.info)))
+    return core
+
+
+def _serve(core, socket: zmq.Socket) -> None:
+    """The loop: take in all that has arrived, run a step, tell the news."""
+    while True:
+        while socket.poll(0 if core.has_work else IDLE_POLL_MS):
+            for answer in core.handle(messages.decode_to_engine(socket.recv())):
+                socket.send(messages.encode(answer))
+        output = core.step()
+        if output is not None and output.updates:
+            socket.send(messages.encode(output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The caller's side of the engine, whatever lies between: requests in, generations out."""
+
+import concurrent.futures
+import itertools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jaxserve.answers import Answers
+from jaxserve.config import EngineConfig
+from jaxserve.errors import EngineDied, RequestError
+from jaxserve.generate_request import GenerateRequest, make_request
+from jaxserve.generation import Generation
+from jaxserve.messages import (
+    AbortRequest,
+    AddRequest,
+    Call,
+    EngineInfo,
+    FromEngine,
+    Reply,
+    StepOutput,
+    ToEngine,
+)
+from jaxserve.request import Request
+from jaxserve.tokenizer import Tokenizer
+
+
+class Frontend:
+    """Checks and tokenizes requests, and keeps the live ones. Imports no jax.
+
+    `send` carries messages to the engine; what the engine says comes to `deliver`. Both ends may
+    be called from different threads.
+    """
+
+    def __init__(self, config: EngineConfig, send: Callable[[ToEngine], None]):
+        self.config = config
+        self._send = send
+        self._live: dict[str, Generation] = {}
+        self._calls: dict[int, concurrent.futures.Future] = {}
+        self._call_ids = itertools.count()
+        self._preferred = _parse_preferred(config.preferred_sampling_params)
+        self._died: EngineDied | None = None
+        self.last_progress = time.monotonic()  # when the engine was last heard of
+        self.info: EngineInfo
+        self.tokenizer: Tokenizer | None
+
+    def set_ready(self, info: EngineInfo, tokenizer: Tokenizer | None = None) -> None:
+        """To be called before the first request. Loads the tokenizer unless it is given."""
+        self.info = info
+        folder = info.tokenizer_folder
+        self.tokenizer = tokenizer or (Tokenizer(folder) if folder else None)
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What every meta_info tells of the engine."""
+        return {"weight_version": self.config.weight_version}
+
+    def prepare(self, body: Any) -> tuple[GenerateRequest, list[Request]]:
+        """Checks a body of /generate and tokenizes its prompts; touches no shared state.
+
+        Raises:
+          RequestError: names the field.
+        """
+        parsed = GenerateRequest.parse(body, self._preferred)
+        requests = [
+            make_request(
+                item,
+                self.tokenizer,
+                self.info,
+                allow_auto_truncate=self.config.allow_auto_truncate,
+                default_seed=self.config.random_seed,
+            )
+            for item in parsed.items
+        ]
+        return parsed, requests
+
+    def submit(
+        self,
+        parsed: GenerateRequest,
+        requests: list[Request],
+        on_update: Callable[[], None] = lambda: None,
+    ) -> Answers:
+        """Sends all requests or, where one cannot be, none.
+
+        Raises:
+          RequestError: an id is that of a live request.
+          EngineDied: nothing can be sent any more.
+        """
+        if self._died:
+            raise self._died
+        for request in requests:
+            if request.rid in self._live:
+                raise RequestError(f"Duplicate request ID detected: {request.rid}", param="rid")
+        generations = [Generation(request, self.tokenizer, on_update) for request in requests]
+        self._live |= {generation.request.rid: generation for generation in generations}
+        for request in requests:
+            self._send(AddRequest(request))
+        return Answers(parsed, generations, self.meta, self.config.stream_interval)
+
+    def abandon(self, answers: Answers) -> None:
+        """Aborts what still runs of a call that nobody waits for any more."""
+        for generation in answers.generations:
+            if not generation.is_finished:
+                self.abort(generation.request.rid)
+
+    def abort(self, rid: str) -> None:
+        """Ends a live request; an unknown id is no error, since it may just have finished."""
+        if rid in self._live:
+            self._send(AbortRequest(rid))
+
+    def call(self, operation: str, **arguments: Any) -> concurrent.futures.Future:
+        """A control operation of the engine; the future holds its value, or a RuntimeError."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        if self._died:
+            future.set_exception(self._died)
+            return future
+        call_id = next(self._call_ids)
+        self._calls[call_id] = future
+        self._send(Call(call_id, operation, arguments))
+        return future
+
+    def deliver(self, message: FromEngine) -> None:
+        self.last_progress = time.monotonic()
+        if isinstance(message, StepOutput):
+            for update in message.updates:
+                generation = self._live.get(update.rid)
+                if generation is None:
+                    continue
+                if update.finish_reason is not None:
+                    del self._live[update.rid]
+                generation.deliver(update)
+        elif isinstance(message, Reply):
+            future = self._calls.pop(message.call_id)
+            if message.error is None:
+                future.set_result(message.value)
+            else:
+                future.set_exception(RuntimeError(message.error))
+
+    def die(self, error: EngineDied) -> None:
+        """Ends everything that waits for the engine."""
+        self._died = error
+        for generation in list(self._live.values()):
+            generation.fail(error)
+        self._live.clear()
+        for future in self._calls.values():
+            future.set_exception(error)
+        self._calls.clear()
+
+
+def _parse_preferred(given: str | None) -> dict[str, Any]:
+    try:
+        preferred = json.loads(given or "{}")
+    except ValueError as error:
+        raise ValueError(f"--preferred-sampling-params is not JSON: {error}") from error
+    if not isinstance(preferred, dict):
+        raise ValueError("--preferred-sampling-params must be a JSON object")
+    return preferred

@@ -1,0 +1,241 @@
+"""The body of /generate, in SGLang's shape, to one item per prompt."""
+
+import dataclasses
+import secrets
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.errors import RequestError
+from jaxserve.messages import EngineInfo
+from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.tokenizer import Tokenizer
+
+MOST_RID_BYTES = 256
+RESERVED = 5  # tokens of the context that a prompt may not take, as SGLang keeps them
+
+# Keys that SGLang knows and we do not serve yet: these values mean "not asked for".
+NOT_SERVED: dict[str, tuple[Any, ...]] = {
+    "input_embeds": (),
+    "image_data": (),
+    "audio_data": (),
+    "video_data": (),
+    "return_logprob": (False,),
+    "top_logprobs_num": (0,),
+    "token_ids_logprob": ([],),
+    "return_hidden_states": (False,),
+    "lora_path": (),
+    "lora_id": (),
+    "session_params": (),
+    "session_id": (),
+    "custom_logit_processor": (),
+    "bootstrap_host": (),
+    "return_routed_experts": (False,),
+    "max_thinking_tokens": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One prompt, as text or as ids, and its parameters."""
+
+    rid: str
+    text: str | None
+    input_ids: list[int] | None
+    sampling: SamplingParams
+    asked_tokens: int | None = None  # max_new_tokens where the request itself names it
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateRequest:
+    """A checked body. A batch is answered with a list, even a batch of one."""
+
+    items: list[Item]
+    is_batch: bool
+    stream: bool
+    return_prompt_token_ids: bool
+
+    @classmethod
+    def parse(
+        cls, body: Any, preferred: Mapping[str, Any] | None = None, *, most_items: int = 256
+    ) -> "GenerateRequest":
+        """Checks everything that can be told without the tokenizer.
+
+        Args:
+          preferred: sampling parameters under each request's own.
+
+        Raises:
+          RequestError: names the field.
+        """
+        if not isinstance(body, Mapping):
+            raise RequestError("the body must be a JSON object")
+        for name, neutral in NOT_SERVED.items():
+            if body.get(name) is not None and body[name] not in neutral:
+                raise RequestError(f"{name} is not supported by this server yet", param=name)
+        texts, ids, is_batch = _prompts(body)
+        count = len(texts)
+        if count > most_items:
+            raise RequestError(f"at most {most_items} prompts in a request, got {count}")
+        parameters = _spread(body.get("sampling_params"), count, is_batch)
+        rids = _rids(body.get("rid"), count, is_batch)
+        items = []
+        for rid, text, prompt_ids, given in zip(rids, texts, ids, parameters, strict=True):
+            given = {} if given is None else given
+            if preferred and isinstance(given, Mapping):
+                given = {**preferred, **given}
+            sampling = SamplingParams.parse(given)
+            asked = given.get("max_new_tokens")
+            items.append(Item(rid, text, prompt_ids, sampling, asked))
+        return cls(
+            items=items,
+            is_batch=is_batch,
+            stream=_flag(body, "stream"),
+            return_prompt_token_ids=_flag(body, "return_prompt_token_ids"),
+        )
+
+
+def make_request(
+    item: Item,
+    tokenizer: Tokenizer | None,
+    info: EngineInfo,
+    *,
+    allow_auto_truncate: bool = False,
+    default_seed: int | None = None,
+) -> Request:
+    """Tokenizes an item and checks it against the engine's limits.
+
+    Raises:
+      RequestError: too long, outside the vocabulary, or text without a tokenizer.
+    """
+    sampling = item.sampling
+    if tokenizer is None and (item.input_ids is None or sampling.stop):
+        what = "stop strings" if sampling.stop else "text prompts"
+        raise RequestError(
+            f"The engine initialized with skip_tokenizer_init=True cannot accept {what}. "
+            "Please provide input_ids or re-initialize the engine with skip_tokenizer_init=False.",
+            param="stop" if sampling.stop else "text",
+        )
+    ids = item.input_ids if item.input_ids is not None else tokenizer.encode(item.text)
+    if not ids:
+        raise RequestError("input_ids cannot be empty.", param="input_ids")
+    _check_vocabulary(ids, "input_ids", info.vocab_size)
+    _check_vocabulary(sampling.stop_token_ids, "stop_token_ids", info.vocab_size)
+    ids = _fit(ids, item.asked_tokens, info, allow_auto_truncate)
+    longest = min(info.context_length, info.max_total_num_tokens) - 1
+    room = longest - len(ids) - 1
+    limit = room if sampling.max_new_tokens is None else min(sampling.max_new_tokens, room)
+    seed = sampling.sampling_seed if sampling.sampling_seed is not None else default_seed
+    return Request(
+        rid=item.rid,
+        prompt_ids=ids,
+        sampling=sampling,
+        max_new_tokens=limit,
+        seed=secrets.randbits(64) if seed is None else seed % 2**64,
+    )
+
+
+def _fit(ids: list[int], asked: int | None, info: EngineInfo, truncate: bool) -> list[int]:
+    context = info.context_length
+    longest = max(min(context, info.max_total_num_tokens) - 1 - RESERVED, 1)
+    if truncate:
+        return ids[:longest]
+    if len(ids) >= context:
+        raise RequestError(
+            f"The input ({len(ids)} tokens) is longer than the model's context length "
+            f"({context} tokens).",
+            param="input_ids",
+        )
+    if len(ids) > longest:
+        raise RequestError(
+            f"Input length ({len(ids)} tokens) exceeds the maximum allowed length "
+            f"({longest} tokens). Use a shorter input or enable --allow-auto-truncate.",
+            param="input_ids",
+        )
+    total = len(ids) + (asked or 0)
+    if total > context:
+        raise RequestError(
+            f"Requested token count exceeds the model's maximum context length of {context} "
+            f"tokens. You requested a total of {total} tokens: {len(ids)} tokens from the "
+            f"input messages and {asked} tokens for the completion. "
+            "Please ask for fewer tokens or shorten the input.",
+            param="max_new_tokens",
+        )
+    return ids
+
+
+def _check_vocabulary(ids, name: str, vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise RequestError(
+                f"{name}: out-of-vocabulary token id {token}; valid range is [0, {vocab_size})",
+                param=name,
+            )
+
+
+def _prompts(body: Mapping[str, Any]) -> tuple[list, list, bool]:
+    """Texts and ids, one of each per prompt (None for absent), and whether it is a batch."""
+    text, ids = body.get("text"), body.get("input_ids")
+    if text is None and ids is None:
+        raise RequestError("Either text, input_ids or input_embeds should be provided.")
+    for name, value in (("text", text), ("input_ids", ids)):
+        if isinstance(value, list) and not value:
+            raise RequestError(f"{name} cannot be empty.", param=name)
+    if ids is not None and not isinstance(ids, list):
+        raise RequestError("input_ids must be a list", param="input_ids")
+    is_batch = isinstance(ids[0] if text is None else text, list)
+    texts = text if isinstance(text, list) else [text] * (len(ids) if is_batch else 1)
+    lists = ids if is_batch and ids is not None else [ids] * len(texts)
+    if not all(one is None or isinstance(one, str) for one in texts):
+        raise RequestError("text must be a string or a list of strings", param="text")
+    if not all(one is None or _is_id_list(one) for one in lists):
+        raise RequestError(
+            "input_ids must be a list of token ids or a list of such lists", param="input_ids"
+        )
+    if len(texts) != len(lists):
+        raise RequestError(
+            f"{len(texts)} texts and {len(lists)} lists of input_ids", param="input_ids"
+        )
+    return texts, lists, is_batch
+
+
+def _is_id_list(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _spread(given: Any, count: int, is_batch: bool) -> list[Any]:
+    if isinstance(given, list):
+        if not is_batch or len(given) != count:
+            raise RequestError(
+                f"{len(given)} sampling_params for {count} prompts", param="sampling_params"
+            )
+        return given
+    return [given] * count
+
+
+def _rids(given: Any, count: int, is_batch: bool) -> list[str]:
+    if given is None:
+        return [uuid.uuid4().hex for _ in range(count)]
+    if isinstance(given, str):
+        given = [f"{given}_{i}" for i in range(count)] if is_batch else [given]
+    if not isinstance(given, list) or not all(isinstance(rid, str) for rid in given):
+        raise RequestError("rid must be a string or a list of strings", param="rid")
+    if len(given) != count:
+        raise RequestError(f"{len(given)} rids for {count} prompts", param="rid")
+    if repeated := sorted({rid for rid in given if given.count(rid) > 1}):
+        raise RequestError(
+            f"Duplicate request IDs detected within the request: {repeated}", param="rid"
+        )
+    for rid in given:
+        if not 0 < len(rid.encode(errors="replace")) <= MOST_RID_BYTES or not rid.isprintable():
+            raise RequestError(
+                f"a rid must have 1 to {MOST_RID_BYTES} bytes, all printable", param="rid"
+            )
+    return given
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"{name} must be a boolean, got {value!r}", param=name)
+    return bool(value)

@@ -1,0 +1,103 @@
+"""From a model's name to parameters on the device, with the log lines of a start."""
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+
+import jax
+import tqdm
+from flax import nnx
+
+from jaxserve import hub
+from jaxserve.config import EngineConfig
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.registry import create_model, random_params
+from jaxserve.models.weights import Checkpoint, ShardProgress, load_params
+
+logger = logging.getLogger(__name__)
+
+SHARD_BAR = (
+    "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} "
+    "[{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model's folder and what its config.json says; nothing is loaded yet."""
+
+    folder: str
+    config: ModelConfig
+    model_type: str
+
+    @classmethod
+    def find(cls, config: EngineConfig) -> "ModelFiles":
+        """Raises FileNotFoundError or ValueError where there is no such model, or none we serve."""
+        folder = hub.resolve(
+            config.model_path, revision=config.revision, download_dir=config.download_dir
+        )
+        try:
+            overrides = json.loads(config.json_model_override_args)
+        except ValueError as error:
+            raise ValueError(f"--json-model-override-args is not JSON: {error}") from error
+        if not isinstance(overrides, dict):
+            raise ValueError("--json-model-override-args must be a JSON object")
+        model = ModelConfig.from_pretrained(folder, config.context_length, overrides)
+        if config.dtype != "auto":
+            model = dataclasses.replace(model, dtype=config.dtype)
+        with open(f"{folder}/config.json") as file:
+            model_type = json.load(file).get("model_type", "")
+        return cls(folder, model, model_type)
+
+    def load(self, load_format: str, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+        """Reads the checkpoint, or draws random weights where `load_format` is "dummy".
+
+        Raises:
+          FileNotFoundError, ValueError: the checkpoint is not there or does not fit.
+        """
+        logger.info("Load weight begin.")
+        start = time.perf_counter()
+        graphdef, abstract = create_model(self.config)
+        if load_format == "dummy":
+            params = random_params(abstract, jax.random.key(seed))
+        else:
+            params = self._read(abstract)
+        jax.block_until_ready(params)
+        logger.info(
+            "Load weight end. type=%s, dtype=%s, mem usage=%.2f GB, %.1f s.",
+            self.config.architecture,
+            self.config.dtype,
+            num_bytes(params) / 1e9,
+            time.perf_counter() - start,
+        )
+        return graphdef, params
+
+    def _read(self, abstract: nnx.State) -> nnx.State:
+        checkpoint = Checkpoint(self.folder)
+        bar = tqdm.tqdm(
+            total=len(checkpoint.files),
+            desc="Loading safetensors checkpoint shards",
+            bar_format=SHARD_BAR,
+            mininterval=0,
+            file=sys.stderr,
+            disable=not logger.isEnabledFor(logging.INFO),
+        )
+        start = time.perf_counter()
+
+        def on_file(done: int, total: int, gigabytes: float) -> None:
+            seconds = max(time.perf_counter() - start, 1e-9)
+            bar.set_postfix_str(f"{gigabytes / seconds:.2f} GB/s", refresh=False)
+            bar.update()
+
+        try:
+            progress = ShardProgress(checkpoint, abstract, on_file)
+            return load_params(checkpoint, abstract, on_bytes=progress)
+        finally:
+            bar.close()
+            checkpoint.close()
+
+
+def num_bytes(params: nnx.State) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
