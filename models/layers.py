@@ -55,7 +55,7 @@ class FusedLinear(nnx.Module):
         self.weight = param(*lead, in_size, kind="matrix", axes=(*axes, None), **make)
         self.bias = param(*lead, kind="bias", axes=axes, **make) if bias else None
 
-    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T *lead"]:
+    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T ..."]:
         y = jnp.einsum("ti,...i->t...", x, self.weight[...])
         return y if self.bias is None else y + self.bias[...]
 

@@ -81,6 +81,4 @@ class LlamaForCausalLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return jnp.einsum(
-            "bd,vd->bv", hidden, head.weight[...], preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("bd,vd->bv", hidden, head.weight[...], preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Qwen3, dense (https://arxiv.org/abs/2505.09388): Llama with a norm on every query and key head."""
+"""Qwen3, dense (https://arxiv.org/abs/2505.09388): Llama with a norm on each query and key head."""
 
 from collections.abc import Mapping
 from typing import Any

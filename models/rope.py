@@ -61,10 +61,8 @@ def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
     return kept * frequencies + (1 - kept) * frequencies / rope.factor
 
 
-def _yarn(
-    rope: RopeConfig, frequencies: np.ndarray, head_dim: int
-) -> tuple[np.ndarray, float]:
-    """https://arxiv.org/abs/2309.00071: dimensions that turn often are kept, slow ones stretched."""
+def _yarn(rope: RopeConfig, frequencies: np.ndarray, head_dim: int) -> tuple[np.ndarray, float]:
+    """https://arxiv.org/abs/2309.00071: dimensions that turn often stay, slow ones stretch."""
 
     def dimension_of(turns: float) -> float:
         """The dimension pair that turns so often over the original context."""

@@ -67,7 +67,7 @@ class SafetensorsFile:
         """Fills the contiguous `out` from the tensor's bytes at `offset`; dtypes must be equal."""
         tensor = self.tensors[name]
         assert out.flags.c_contiguous and out.dtype == tensor.dtype
-        assert 0 <= offset and offset + out.nbytes <= tensor.nbytes
+        assert offset >= 0 and offset + out.nbytes <= tensor.nbytes
         view = memoryview(out.reshape(-1).view(np.uint8))
         position = tensor.start + offset
         while len(view):

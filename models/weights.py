@@ -228,7 +228,7 @@ def _read_box(checkpoint, view: View, box: list[tuple[int, int]], out: np.ndarra
 
 
 class ShardProgress:
-    """Counts the bytes of each file and calls `on_file(done, total, gigabytes)` when one is read."""
+    """Counts the bytes of each file; calls `on_file(done, total, gigabytes)` when one is read."""
 
     def __init__(
         self,
@@ -238,6 +238,8 @@ class ShardProgress:
     ):
         self._left: dict[pathlib.Path, int] = {}
         for view in views(abstract):
+            if view.name not in checkpoint:
+                continue  # `check` will say so
             path = checkpoint.file_of(view.name).path
             self._left[path] = self._left.get(path, 0) + checkpoint.tensor(view.name).nbytes
         self._lock, self._on_file = threading.Lock(), on_file

@@ -1,0 +1,67 @@
+"""The Sanic application: routes, errors, limits, the access log."""
+
+import logging
+import uuid
+
+from sanic import Request, Sanic
+from sanic.exceptions import SanicException
+from sanic.response import HTTPResponse
+
+from jaxserve.config import ServerConfig
+from jaxserve.errors import EngineDied, RequestError
+from jaxserve.frontend import Frontend
+from jaxserve.server import bodies, control, generate, info, openai
+
+logger = logging.getLogger("jaxserve.server.access")
+
+
+def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
+    """An application that answers from `frontend`. Names are unique, so tests may make several."""
+    app = Sanic(f"jaxserve-{uuid.uuid4().hex[:8]}", configure_logging=False)
+    app.config.FALLBACK_ERROR_FORMAT = "json"
+    app.config.REQUEST_MAX_SIZE = config.max_request_bytes
+    app.config.RESPONSE_TIMEOUT = float("inf")  # a long generation is no fault
+    app.config.GRACEFUL_SHUTDOWN_TIMEOUT = 1.0  # after our own drain
+    app.config.AUTO_EXTEND = False
+    app.ctx.frontend = frontend
+    app.ctx.is_stopping = False
+    for module in (generate, info, control, openai):
+        app.blueprint(module.blueprint.copy(module.blueprint.name))
+    app.error_handler.add(Exception, _on_error)
+    app.register_middleware(_refuse_when_stopping, "request")
+    app.register_middleware(_log_access, "response")
+    return app
+
+
+def _on_error(request: Request, error: Exception) -> HTTPResponse:
+    if isinstance(error, RequestError):
+        return bodies.error(str(error), error.status, error.param)
+    if isinstance(error, EngineDied):
+        return bodies.error(str(error), 500)
+    if isinstance(error, SanicException):
+        response = bodies.error(str(error), error.status_code)
+        response.headers.update(getattr(error, "headers", None) or {})
+        return response
+    logger.error("%s %s failed", request.method, request.path, exc_info=error)
+    return bodies.error("Internal Server Error", 500)
+
+
+async def _refuse_when_stopping(request: Request) -> HTTPResponse | None:
+    if request.app.ctx.is_stopping and request.path == "/generate":
+        response = bodies.error("the server is shutting down", 503)
+        response.headers["Connection"] = "close"
+        return response
+    return None
+
+
+async def _log_access(request: Request, response: HTTPResponse) -> None:
+    logger.info(
+        'INFO:     %s:%s - "%s %s HTTP/%s" %s %s',
+        request.ip,
+        request.port,
+        request.method,
+        request.path,
+        request.version,
+        response.status,
+        bodies.phrase(response.status),
+    )

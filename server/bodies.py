@@ -1,0 +1,49 @@
+"""JSON in and out, and what an error looks like."""
+
+import http
+from typing import Any
+
+import msgspec
+from sanic import Request
+from sanic.response import HTTPResponse, raw
+
+from jaxserve.errors import RequestError
+
+
+def read_json(request: Request) -> Any:
+    """The body, whatever its content type.
+
+    Raises:
+      RequestError: it is no JSON. NaN, infinity and lone surrogates are none.
+    """
+    try:
+        return msgspec.json.decode(request.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        what = "is nested too deeply" if isinstance(error, RecursionError) else f"is: {error}"
+        raise RequestError(f"the body must be JSON, but {what}") from error
+
+
+def json(content: Any, status: int = 200) -> HTTPResponse:
+    return raw(msgspec.json.encode(content), status=status, content_type="application/json")
+
+
+def text(content: str, status: int = 200) -> HTTPResponse:
+    return raw(content.encode(), status=status, content_type="text/plain; charset=utf-8")
+
+
+def empty(status: int = 200) -> HTTPResponse:
+    return text("", status)
+
+
+def error_content(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """The same for every route, and for the last event of a stream."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "code": status, "param": param}}
+
+
+def error(message: str, status: int, param: str | None = None) -> HTTPResponse:
+    return json(error_content(message, status, param), status)
+
+
+def phrase(status: int) -> str:
+    return http.HTTPStatus(status).phrase

@@ -1,0 +1,41 @@
+"""What changes the server's state."""
+
+import asyncio
+
+from sanic import Blueprint, Request
+from sanic.response import HTTPResponse
+
+from jaxserve.errors import RequestError
+from jaxserve.server import bodies
+
+blueprint = Blueprint("control")
+FLUSHED = (
+    "Cache flushed.\nPlease check backend logs for more details. "
+    "(When there are running or waiting requests, the operation will not be performed.)\n"
+)
+POLL_SECONDS = 0.05
+
+
+@blueprint.route("/flush_cache", methods=["GET", "POST"])
+async def flush_cache(request: Request) -> HTTPResponse:
+    """Empties the prefix cache of an idle server; `?timeout=SECONDS` waits for it to be idle."""
+    seconds = _timeout(request)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while not await asyncio.wrap_future(request.app.ctx.frontend.call("flush_cache")):
+        if loop.time() >= deadline:
+            waited = "Timed out waiting for idle state.\n" if seconds else "Flush cache failed.\n"
+            return bodies.text(waited, status=400)
+        await asyncio.sleep(POLL_SECONDS)
+    return bodies.text(FLUSHED)
+
+
+def _timeout(request: Request) -> float:
+    given = request.args.get("timeout", "0")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise RequestError(f"timeout must be a number of seconds, got {given!r}", param="timeout")
+    return seconds

@@ -1,0 +1,121 @@
+"""What the server is and how it is: model, limits, health. Nothing here changes anything."""
+
+import asyncio
+import dataclasses
+import sys
+import time
+
+from sanic import Blueprint, Request
+from sanic.response import HTTPResponse
+
+import jaxserve
+from jaxserve.frontend import Frontend
+from jaxserve.generate_request import RESERVED
+from jaxserve.server import bodies
+
+blueprint = Blueprint("info")
+HEALTH_SECONDS = 20.0  # without a sign of life from the engine, then it is not well
+POLL_SECONDS = 0.02
+
+
+@blueprint.get("/get_model_info")
+async def get_model_info(request: Request) -> HTTPResponse:
+    """Exactly the three keys that the documented clients compare with."""
+    return bodies.json(_model_names(request.app.ctx.frontend))
+
+
+@blueprint.get("/model_info")
+async def model_info(request: Request) -> HTTPResponse:
+    frontend = request.app.ctx.frontend
+    config, info = frontend.config, frontend.info
+    return bodies.json(
+        {
+            **_model_names(frontend),
+            "preferred_sampling_params": config.preferred_sampling_params,
+            "weight_version": config.weight_version,
+            "has_image_understanding": False,
+            "has_audio_understanding": False,
+            "model_type": info.model_type,
+            "architectures": [info.architecture],
+            "served_model_name": config.model_name,
+            "load_format": config.load_format,
+        }
+    )
+
+
+@blueprint.get("/get_server_info")
+@blueprint.get("/server_info", name="server_info")
+async def get_server_info(request: Request) -> HTTPResponse:
+    frontend = request.app.ctx.frontend
+    info = frontend.info
+    state = await asyncio.wrap_future(frontend.call("internal_state"))
+    longest = min(info.context_length, info.max_total_num_tokens) - 1
+    return bodies.json(
+        {
+            **dataclasses.asdict(frontend.config),
+            **_model_names(frontend),
+            "served_model_name": frontend.config.model_name,
+            "launch_command": " ".join(sys.argv),
+            "status": "ready",
+            "dtype": info.dtype,
+            "device": info.device,
+            "num_devices": info.num_devices,
+            "tp_size": 1,
+            "dp_size": 1,
+            "context_length": info.context_length,
+            "page_size": info.page_size,
+            "max_running_requests": info.max_running_requests,
+            "chunked_prefill_size": info.chunked_prefill_size,
+            "max_total_num_tokens": info.max_total_num_tokens,
+            "max_req_input_len": longest - RESERVED,
+            "startup_time": info.startup_seconds,
+            "internal_states": [state],
+            "version": jaxserve.__version__,
+        }
+    )
+
+
+@blueprint.get("/health")
+@blueprint.get("/health_generate", name="health_generate")
+async def health(request: Request) -> HTTPResponse:
+    """200 as soon as the engine has produced anything, for whomever; else it is asked for a token,
+    so that an idle engine must prove itself too."""
+    frontend, app = request.app.ctx.frontend, request.app
+    if app.ctx.is_stopping:
+        return bodies.empty(503)
+    began = time.monotonic()
+    body = {
+        "rid": f"HEALTH_CHECK_{began}",
+        "input_ids": [0],
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+    }
+    answers = frontend.submit(*frontend.prepare(body))
+    try:
+        while frontend.last_progress < began:
+            if time.monotonic() - began > HEALTH_SECONDS or app.ctx.is_stopping:
+                return bodies.empty(503)
+            await asyncio.sleep(POLL_SECONDS)
+        return bodies.empty()
+    finally:
+        frontend.abandon(answers)
+
+
+@blueprint.get("/ready")
+async def ready(request: Request) -> HTTPResponse:
+    """Whether new requests are wanted: without asking the engine."""
+    return bodies.empty(503 if request.app.ctx.is_stopping else 200)
+
+
+@blueprint.get("/ping")
+async def ping(request: Request) -> HTTPResponse:
+    """Whether this process lives."""
+    return bodies.empty()
+
+
+def _model_names(frontend: Frontend) -> dict[str, object]:
+    config = frontend.config
+    return {
+        "model_path": config.model_path,
+        "tokenizer_path": config.tokenizer_path or config.model_path,
+        "is_generation": True,
+    }
