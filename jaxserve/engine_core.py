@@ -69,7 +69,7 @@ class EngineCore:
           FileNotFoundError, ValueError: the model or an option cannot be served; says why.
         """
         start = clock()
-        device = jax.devices()[0]
+        device = _device(config)
         is_cpu = device.platform == "cpu"
         compilation_cache.enable(config.compilation_cache_dir)
         files = ModelFiles.find(config)
@@ -224,6 +224,15 @@ class EngineCore:
                 "token_capacity": self.info.max_total_num_tokens,
             },
         }
+
+
+def _device(config: EngineConfig) -> jax.Device:
+    """Raises ValueError where JAX already runs elsewhere: it chooses once in a process's life."""
+    device = jax.devices()[0]
+    wanted = {"auto": device.platform, "cuda": "gpu"}.get(config.device, config.device)
+    if device.platform != wanted:
+        raise ValueError(f"--device {config.device}: JAX runs on {device.platform} here")
+    return device
 
 
 def _load_tokenizer(config: EngineConfig, model_folder: str) -> tuple[Tokenizer | None, str | None]:

@@ -37,6 +37,15 @@ class Generation:
     def is_finished(self) -> bool:
         return self.finish_reason is not None or self.error is not None
 
+    @property
+    def summary(self) -> str:
+        """One line for a log: lengths, never the text."""
+        reason = self.finish_reason.type if self.finish_reason else "abandoned"
+        return (
+            f"prompt_tokens={len(self.request.prompt_ids)}, "
+            f"completion_tokens={len(self.output_ids)}, finish_reason={reason}"
+        )
+
     def deliver(self, update: RequestUpdate) -> None:
         self.output_ids += update.token_ids
         self._cached_tokens = update.cached_tokens

@@ -1,6 +1,7 @@
 """/generate"""
 
 import asyncio
+import logging
 from typing import Any
 
 from sanic import Blueprint, Request
@@ -10,6 +11,7 @@ from jaxserve.answers import Answers
 from jaxserve.errors import EngineDied
 from jaxserve.server import bodies, sse
 
+logger = logging.getLogger(__name__)
 blueprint = Blueprint("generate")
 SMALL_BODY = 16 << 10  # bytes; tokenizing more than this would hold up the event loop
 
@@ -24,6 +26,9 @@ async def generate(request: Request) -> HTTPResponse | None:
         parsed, requests = frontend.prepare(body)
     else:
         parsed, requests = await asyncio.to_thread(frontend.prepare, body)
+    if frontend.config.log_requests:
+        for one in requests:
+            logger.info("Receive: rid=%s, %s", one.rid, one.sampling)
     changed = asyncio.Event()
     answers = frontend.submit(parsed, requests, changed.set)
     try:  # a client that leaves cancels this handler
@@ -32,6 +37,9 @@ async def generate(request: Request) -> HTTPResponse | None:
         return _respond(answers, [answer async for answer in _follow(answers, changed)])
     finally:
         frontend.abandon(answers)
+        if frontend.config.log_requests:
+            for generation in answers.generations:
+                logger.info("Finish: rid=%s, %s", generation.request.rid, generation.summary)
 
 
 async def _follow(answers: Answers, changed: asyncio.Event):
