@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxserve.answers import Answers
 from jaxserve.config import EngineConfig
-from jaxserve.engine_core import EngineCore
+from jaxserve.engine_builder import build_engine
 from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
 from jaxserve.messages import ToEngine
@@ -33,7 +33,7 @@ class Engine:
         config = EngineConfig(**options) if config is None else config
         self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         self._frontend = Frontend(config, self._inbox.put)
-        self._core = EngineCore(config)
+        self._core = build_engine(config)
         self._frontend.set_ready(self._core.info, self._core.tokenizer)
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
         self._thread.start()

@@ -52,10 +52,10 @@ def _configure_jax(config: EngineConfig) -> None:
 
 
 def _start(config: EngineConfig, socket: zmq.Socket):
-    from jaxserve.engine_core import EngineCore
+    from jaxserve.engine_builder import build_engine
 
     try:
-        core = EngineCore(config)
+        core = build_engine(config)
     except (ValueError, OSError, RuntimeError) as error:
         logger.debug("start failed", exc_info=True)
         socket.send(messages.encode(messages.StartFailed(str(error))))

@@ -1,0 +1,159 @@
+"""From a configuration to an engine: plans the memory, loads the model, compiles every bucket."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve import compilation_cache, hub
+from jaxserve.buckets import Buckets
+from jaxserve.config import EngineConfig
+from jaxserve.engine_core import EngineCore
+from jaxserve.memory_plan import MemoryPlan, device_memory, pages_per_row, plan_memory
+from jaxserve.messages import EngineInfo
+from jaxserve.model_loader import ModelFiles, num_bytes
+from jaxserve.models.registry import create_model
+from jaxserve.page_allocator import PageAllocator
+from jaxserve.plan_builder import PlanBuilder
+from jaxserve.runner import Runner
+from jaxserve.scheduler import Scheduler
+from jaxserve.state import StateShape
+from jaxserve.step_log import StepLog
+from jaxserve.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The options whose default depends on the device."""
+
+    max_rows: int
+    max_prefill_tokens: int
+    bucket_growth: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, is_cpu: bool) -> "Sizes":
+        return cls(
+            max_rows=config.max_running_requests or (16 if is_cpu else 256),
+            max_prefill_tokens=config.chunked_prefill_size or (512 if is_cpu else 8192),
+            # A CPU compiles slowly, and padding costs its attention nothing: fewer buckets.
+            bucket_growth=4 if is_cpu else 2,
+        )
+
+
+def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> EngineCore:
+    """Everything that must be done before the first request.
+
+    Raises:
+      FileNotFoundError, ValueError: the model or an option cannot be served; says why.
+    """
+    start = clock()
+    device = _device(config)
+    is_cpu = device.platform == "cpu"
+    compilation_cache.enable(config.compilation_cache_dir)
+    files = ModelFiles.find(config)
+    tokenizer, tokenizer_folder = _load_tokenizer(config, files.folder)
+    sizes = Sizes.of(config, is_cpu)
+    memory = plan_memory(
+        config,
+        files.config,
+        weight_bytes=num_bytes(create_model(files.config)[1]),
+        device_bytes=device_memory(device),
+        max_rows=sizes.max_rows,
+        is_cpu=is_cpu,
+    )
+    logger.info("%s", memory)
+    model = files.load(config.load_format, config.random_seed or 0)
+    buckets = Buckets.make(sizes.max_rows, sizes.max_prefill_tokens, sizes.bucket_growth)
+    width = pages_per_row(files.config.context_length, config.page_size)
+    runner = _build_runner(model, files, memory, sizes, buckets, width)
+    scheduler = Scheduler(
+        PageAllocator(memory.num_pages),
+        page_size=config.page_size,
+        max_rows=sizes.max_rows,
+        max_prefill_tokens=sizes.max_prefill_tokens,
+    )
+    logger.info(
+        "max_total_num_tokens=%d, chunked_prefill_size=%d, max_running_requests=%d, context_len=%d",
+        memory.max_total_tokens,
+        sizes.max_prefill_tokens,
+        sizes.max_rows,
+        files.config.context_length,
+    )
+    eos = {*files.config.eos_token_ids, tokenizer and tokenizer.eos_token_id} - {None}
+    info = EngineInfo(
+        architecture=files.config.architecture,
+        model_type=files.model_type,
+        model_folder=files.folder,
+        tokenizer_folder=tokenizer_folder,
+        vocab_size=files.config.vocab_size,
+        context_length=files.config.context_length,
+        max_total_num_tokens=memory.max_total_tokens,
+        max_running_requests=sizes.max_rows,
+        chunked_prefill_size=sizes.max_prefill_tokens,
+        page_size=config.page_size,
+        eos_token_ids=sorted(eos),
+        dtype=files.config.dtype,
+        device=device.device_kind,
+        num_devices=jax.device_count(),
+        weight_bytes=memory.weight_bytes,
+        kv_cache_bytes=memory.kv_cache_bytes,
+        startup_seconds=clock() - start,
+    )
+    plan_builder = PlanBuilder(buckets, max_rows=sizes.max_rows, pages_per_row=width)
+    log = StepLog(scheduler, config.decode_log_interval, clock)
+    return EngineCore(info, scheduler, plan_builder, runner, tokenizer, log)
+
+
+def _build_runner(
+    model, files: ModelFiles, memory: MemoryPlan, sizes: Sizes, buckets: Buckets, width: int
+) -> Runner:
+    shape = StateShape(
+        max_rows=sizes.max_rows,
+        pages_per_row=width,
+        num_layers=files.config.num_layers,
+        num_pages=memory.num_pages,
+        page_size=memory.page_size,
+        num_kv_heads=files.config.num_kv_heads,
+        head_dim=files.config.head_dim,
+        hidden_size=files.config.hidden_size,
+        dtype=jnp.dtype(files.config.dtype),
+    )
+    half = memory.kv_cache_bytes / 2e9
+    logger.info(
+        "KV Cache is allocated. #tokens: %d, K size: %.2f GB, V size: %.2f GB",
+        memory.max_total_tokens,
+        half,
+        half,
+    )
+    began = time.perf_counter()
+    runner = Runner(*model, shape, buckets, _report_compiled)
+    logger.info("Compiled in %.1f s.", time.perf_counter() - began)
+    return runner
+
+
+def _device(config: EngineConfig) -> jax.Device:
+    """Raises ValueError where JAX already runs elsewhere: it chooses once in a process's life."""
+    device = jax.devices()[0]
+    wanted = {"auto": device.platform, "cuda": "gpu"}.get(config.device, config.device)
+    if device.platform != wanted:
+        raise ValueError(f"--device {config.device}: JAX runs on {device.platform} here")
+    return device
+
+
+def _load_tokenizer(config: EngineConfig, model_folder: str) -> tuple[Tokenizer | None, str | None]:
+    if config.skip_tokenizer_init:
+        return None, None
+    folder = model_folder
+    if config.tokenizer_path:
+        folder = hub.resolve(config.tokenizer_path, download_dir=config.download_dir)
+    return Tokenizer(folder), folder
+
+
+def _report_compiled(done: int, total: int) -> None:
+    if done % 5 == 0 or done == total:
+        logger.info("Compiling programs: %d/%d", done, total)
