@@ -49,6 +49,9 @@ def _configure_jax(config: EngineConfig) -> None:
         os.environ["JAX_PLATFORMS"] = config.device
     # The memory plan divides what JAX may take; three quarters, its default, is for notebooks.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    # XLA warns dozens of times per compile, of timers and of memory that the KV cache takes on
+    # purpose; its errors are still shown.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def _start(config: EngineConfig, socket: zmq.Socket):
