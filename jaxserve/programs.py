@@ -46,6 +46,7 @@ def forward(
     weights: tuple[jax.Array, ...],
     state: State,
     upload: Int32[Array, " 2*B+T"],
+    attention: str | None = None,
 ) -> State:
     """Runs the model over the packed tokens of some rows (`StepPlan.forward`): writes their keys
     and values, and each row's newest hidden state."""
@@ -55,7 +56,8 @@ def forward(
     context = state.seq_len[rows]
 
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    owner = jnp.minimum(jnp.searchsorted(ends, token, side="right"), num_rows - 1)
+    # Not jnp.searchsorted: it becomes a loop, and a loop splits the CUDA graph.
+    owner = jnp.minimum((ends <= token[:, None]).sum(axis=1, dtype=jnp.int32), num_rows - 1)
     is_live = token < ends[-1]
     positions = jnp.where(is_live, context[owner] + token - starts[owner], 0)
     tokens = jnp.where(tokens == LAST_TOKEN, state.last_token[rows][owner], tokens)
@@ -68,7 +70,8 @@ def forward(
         seq_lens=context + lengths,
         query_start_loc=jnp.concatenate([jnp.zeros(1, jnp.int32), ends]),
     )
-    attend = PagedAttention.of(state.kv, jnp.where(is_live, slots, 0), batch)
+    slots = jnp.where(is_live, slots, 0)
+    attend = PagedAttention.of(state.kv, slots, batch, implementation=attention)
     hidden, attend = merge(weights)(tokens, positions, attend)
     newest = hidden[jnp.maximum(ends - 1, 0)]
     return dataclasses.replace(

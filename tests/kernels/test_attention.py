@@ -1,5 +1,7 @@
 """Paged attention, every implementation, against attention written out per row in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from pallas_kernels import attention
 
-IMPLEMENTATIONS = ["reference"]
+IMPLEMENTATIONS = ["reference", "triton-interpret"]
 
 
 def dense_row(q, k, v, window):
@@ -76,14 +78,14 @@ def test_equals_dense_attention(rows, page_size, window, implementation):
         page_size=page_size,
         num_heads=6,
         num_kv_heads=2,
-        head_dim=24,
+        head_dim=32,
         num_rows=8,
         num_tokens=8 if is_decode else 70,
     )
-    plan = attention.plan(batch, len(q), implementation=implementation)
-    out = jax.jit(
-        lambda *a: attention.paged_attention(*a, window=window, implementation=implementation)
-    )(q, cache, layer, plan)
+    plan = attention.plan(batch, cache, num_tokens=len(q), implementation=implementation)
+    out = jax.jit(functools.partial(attention.paged_attention, window=window))(
+        q, cache, layer, plan
+    )
     want = np.concatenate([dense_row(*row, window) for row in expected])
     np.testing.assert_allclose(out[: len(want)], want, atol=2e-6, rtol=1e-5)
     assert not np.asarray(out[len(want) :]).any(), "padding tokens get zeros"
@@ -100,7 +102,9 @@ def test_head_sizes(head_dim, num_heads, num_kv_heads):
         num_rows=6,
         num_tokens=64,
     )
-    out = attention.paged_attention(q, cache, layer, attention.plan(batch, len(q)))
+    out = attention.paged_attention(
+        q, cache, layer, attention.plan(batch, cache, num_tokens=len(q))
+    )
     want = np.concatenate([dense_row(*row, None) for row in expected])
     np.testing.assert_allclose(out[: len(want)], want, atol=3e-6, rtol=1e-5)
 
@@ -113,7 +117,9 @@ def blocks_of(rows, num_rows, num_tokens) -> int:
         jnp.array([s for _, s in rows] + [0] * (num_rows - len(rows)), jnp.int32),
         jnp.array(starts, jnp.int32),
     )
-    return int(attention.plan(batch, num_tokens).block_end[-1])
+    cache = attention.empty_kv_cache((2, 1, 16, 8), 2, jnp.float32)
+    plan = attention.plan(batch, cache, num_tokens=num_tokens, implementation="reference")
+    return int(plan.details.block_end[-1])
 
 
 def test_cost_follows_the_tokens_that_are_there():
@@ -150,11 +156,9 @@ def test_write_kv_touches_one_layer_and_sends_padding_to_the_trash_page():
 def test_refuses_what_does_not_fit(q_shape, window, words):
     cache = attention.empty_kv_cache((4, 2, 2, 4), 4, jnp.float32)
     with pytest.raises(ValueError, match=words):
-        attention.paged_attention(
-            jnp.zeros(q_shape), cache, jnp.int32(0), plan=None, window=window
-        )
+        attention.paged_attention(jnp.zeros(q_shape), cache, jnp.int32(0), plan=None, window=window)
 
 
 def test_unknown_implementation_names_the_known_ones():
     with pytest.raises(ValueError, match="'nope': choose from"):
-        attention.plan(None, 1, implementation="nope")
+        attention.plan(None, None, num_tokens=1, implementation="nope")
