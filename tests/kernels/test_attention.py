@@ -10,6 +10,8 @@ import pytest
 from pallas_kernels import attention
 
 IMPLEMENTATIONS = ["reference", "triton-interpret"]
+if jax.default_backend() == "gpu":
+    IMPLEMENTATIONS.append("triton")
 
 
 def dense_row(q, k, v, window):
@@ -87,7 +89,8 @@ def test_equals_dense_attention(rows, page_size, window, implementation):
         q, cache, layer, plan
     )
     want = np.concatenate([dense_row(*row, window) for row in expected])
-    np.testing.assert_allclose(out[: len(want)], want, atol=2e-6, rtol=1e-5)
+    tolerance = 5e-3 if implementation == "triton" else 2e-6  # TF32 products on a GPU
+    np.testing.assert_allclose(out[: len(want)], want, atol=tolerance, rtol=1e-5)
     assert not np.asarray(out[len(want) :]).any(), "padding tokens get zeros"
 
 
