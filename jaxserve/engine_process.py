@@ -7,6 +7,7 @@ per step for all requests.
 
 import logging
 import os
+import signal
 import sys
 import threading
 
@@ -22,6 +23,9 @@ IDLE_POLL_MS = 1000
 
 def main() -> None:
     address = sys.argv[1]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Sent to the whole process group, they are the parent's to act on: it lets requests finish.
+        signal.signal(number, signal.SIG_IGN)
     config = EngineConfig(**msgspec.json.decode(sys.stdin.readline()))
     threading.Thread(target=_die_with_parent, daemon=True).start()
     logs.set_up(config.log_level)

@@ -124,13 +124,13 @@ def make_request(
     ids = _fit(ids, item.asked_tokens, info, allow_auto_truncate)
     longest = min(info.context_length, info.max_total_num_tokens) - 1
     room = longest - len(ids) - 1
-    limit = room if sampling.max_new_tokens is None else min(sampling.max_new_tokens, room)
+    wanted = room if sampling.max_new_tokens is None else sampling.max_new_tokens
     seed = sampling.sampling_seed if sampling.sampling_seed is not None else default_seed
     return Request(
         rid=item.rid,
         prompt_ids=ids,
         sampling=sampling,
-        max_new_tokens=limit,
+        max_new_tokens=max(min(wanted, room), 0),
         seed=secrets.randbits(64) if seed is None else seed % 2**64,
     )
 

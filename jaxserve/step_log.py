@@ -20,7 +20,7 @@ class StepLog:
         """To be called with a step about to run."""
         new_tokens = schedule.num_prompt_tokens
         if new_tokens:
-            num_new = len(schedule.admitted)
+            num_new = sum(bool(chunk.tokens) for chunk in schedule.chunks)
             logger.info(
                 "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: 0, "
                 "token usage: %.2f, #running-req: %d, #queue-req: %d",
