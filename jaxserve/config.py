@@ -101,7 +101,7 @@ class EngineConfig:
         "fcfs",
         group=MEMORY,
         choices=("fcfs", "lpm"),
-        help="who is admitted first: fcfs the first come, lpm the one with the longest cached prefix",
+        help="who is admitted first: fcfs who came first, lpm who has the longest cached prefix",
     )
     schedule_conservativeness: float = option(
         1.0,

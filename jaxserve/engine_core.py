@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from jaxserve.errors import RequestError
+from jaxserve.live_request import Schedule
 from jaxserve.messages import (
     AbortRequest,
     AddRequest,
@@ -17,8 +19,6 @@ from jaxserve.messages import (
     StepOutput,
     ToEngine,
 )
-from jaxserve.errors import RequestError
-from jaxserve.live_request import Schedule
 from jaxserve.plan_builder import PlanBuilder
 from jaxserve.request import FinishReason, Request, RequestUpdate
 from jaxserve.runner import Runner

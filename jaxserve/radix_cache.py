@@ -53,7 +53,7 @@ class RadixCache:
 
     def __init__(self, page_size: int, allocator: PageAllocator):
         self.page_size = page_size
-        self._allocator = allocator
+        self.allocator = allocator
         self._page_bytes = page_size * TOKEN_BYTES
         self._roots: dict[Hashable, Node] = {}  # of the namespaces that have any pages
         self._pages: set[int] = set()  # all pages in the tree
@@ -126,7 +126,7 @@ class RadixCache:
         elif donor is not None:
             self._touch(donor)
             duplicates += tail_pages
-        self._allocator.free(duplicates)
+        self.allocator.free(duplicates)
         return Match(node, cached + new, (len(cached) + len(new)) * self.page_size)
 
     def lock(self, node: Node) -> None:
@@ -187,8 +187,8 @@ class RadixCache:
         assert all(root.children for root in self._roots.values()), "empty trees are let go"
         pages = [page for node in nodes for page in node.pages]
         assert sorted(pages) == sorted(self._pages), "each page is in one node"
-        assert all(0 < page < self._allocator.num_pages for page in pages)
-        assert len(pages) <= self._allocator.num_used
+        assert all(0 < page < self.allocator.num_pages for page in pages)
+        assert len(pages) <= self.allocator.num_used
         assert self._protected_pages == sum(len(n.pages) for n in nodes if n.lock_count)
         assert set(self._unlocked) == {node for node in nodes if not node.lock_count}
         seen = set()
@@ -280,7 +280,7 @@ class RadixCache:
             if parent.parent is None and not parent.children:
                 del self._roots[parent.namespace]
         self._pages.difference_update(dropped)
-        self._allocator.free(dropped)
+        self.allocator.free(dropped)
         return count
 
     def _index(self, node: Node) -> int:

@@ -55,7 +55,7 @@ class Scheduler:
         self._estimate = OutputEstimate(conservativeness)
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._by_rid: dict[str, LiveRequest] = {}
-        self._changed: list[LiveRequest] = []  # with other pages than the device knows
+        self._changed: dict[LiveRequest, None] = {}  # with other pages than the device knows
         self._arrivals = itertools.count()
 
     # What callers ask for.
@@ -93,10 +93,11 @@ class Scheduler:
         self._make_room()
         admitted, copies = self._admit()
         changed = [live for live in self._changed if live.row >= 0 and live not in admitted]
-        self._changed = []
+        self._changed = {}
+        is_decode = all(live.is_decoding for live in self.running)
+        num_steps = self._num_decode_steps if is_decode else 1
+        decode = self._decode_chunks(num_steps)  # before prompts, whose last chunks sample too
         prefill = self._prefill_chunks()
-        num_steps = 1 if prefill else self._num_decode_steps
-        decode = self._decode_chunks(num_steps)
         if not decode and not prefill:
             return None
         if decode:
@@ -184,7 +185,7 @@ class Scheduler:
         if pages is None:
             return False
         live.pages += pages
-        self._changed.append(live)
+        self._changed[live] = None
         return True
 
     def _decode_chunks(self, num_steps: int) -> list[Chunk]:
@@ -287,7 +288,7 @@ class Scheduler:
         self.cache.unlock(live.node)
         if shared.pages != live.pages[:num_full]:
             # Somebody was faster with the same tokens: theirs from the next step on, ours are free.
-            self._changed.append(live)
+            self._changed[live] = None
         live.node, live.num_shared = shared.node, num_full
         live.pages[:num_full] = shared.pages
 
