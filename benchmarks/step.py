@@ -1,198 +1,185 @@
-"""Times the engine's own programs, without scheduler or HTTP: `python benchmarks/step.py --help`.
+"""Times the engine's programs as the engine dispatches them, without scheduler or HTTP.
 
-Decode steps of B rows at one context length, dispatched in several ways. `ms` is the mean of
-back-to-back steps; `host` is the time to dispatch one step while the device is idle.
+    python benchmarks/step.py --model llama-3.1-8b --rows 1,64 --context 1024
+
+Decode steps of B rows with dummy weights. `ms` is the mean of back-to-back steps, each followed by
+reading the one before; `host` is the time to dispatch one while the device is idle; `floor` is the
+bytes of weights and KV cache over 4.3 TB/s, an H200's.
 """
 
 import argparse
-import functools
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from jaxserve import programs
+from jaxserve.buckets import Buckets
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import create_model
-from jaxserve.state import State, StateShape
-from jaxserve.step_plan import KEEP, PATCH_HEADER
+from jaxserve.runner import Runner
+from jaxserve.state import StateShape
+from jaxserve.step_plan import KEEP, PATCH_HEADER, RUNNING, SAMPLING_START, StepPlan
 
 MODELS = {
-    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048},
-    "qwen2.5-0.5b": {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864}
-    | {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
-    | {"max_position_embeddings": 8192, "tie_word_embeddings": True},
-    "llama-3.1-8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
-    | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
-    | {"max_position_embeddings": 8192, "architectures": ["LlamaForCausalLM"]},
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "qwen2.5-0.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
 }
-PAGE_SIZE = 16
+PAGE_SIZE, CONTEXT_LENGTH = 16, 8192
+MEMORY_BYTES_PER_S = 4.3e12  # measured device-to-device on an H200
 
 
-class Step:
-    """Compiled programs of one batch size, a state whose rows are all in use, and the weights."""
+class Bench:
+    """A runner whose rows all decode at one context length."""
 
-    def __init__(self, name: str, rows: int, context: int, extend: int, attention: str | None):
-        raw = {"architectures": ["Qwen2ForCausalLM"], **MODELS[name]}
+    def __init__(self, model: str, rows: int, context: int, num_steps: int, extend: int):
+        raw = {
+            "architectures": ["Qwen2ForCausalLM"],
+            "max_position_embeddings": CONTEXT_LENGTH,
+            **MODELS[model],
+        }
         config = ModelConfig.from_dict(raw)
-        graphdef, params = create_model(config, key=jax.random.key(0))
-        leaves, treedef = jax.tree.flatten(params)
-        self.weights = tuple(leaves)
-        self.rows, self.extend = rows, extend
-        self.width = config.context_length // PAGE_SIZE
-        used = -(-(context + extend + 512) // PAGE_SIZE)
+        self.rows, self.context, self.num_steps, self.extend = rows, context, num_steps, extend
+        self.pages = -(-(context + extend + 1024 * num_steps) // PAGE_SIZE)
+        self.width = PATCH_HEADER + CONTEXT_LENGTH // PAGE_SIZE
         shape = StateShape(
             max_rows=rows,
-            pages_per_row=self.width,
+            pages_per_row=CONTEXT_LENGTH // PAGE_SIZE,
+            max_steps=num_steps,
             num_layers=config.num_layers,
-            num_pages=1 + rows * used,
+            num_pages=1 + rows * self.pages,
             page_size=PAGE_SIZE,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             hidden_size=config.hidden_size,
             dtype=jnp.dtype(config.dtype),
         )
-        self.state = shape.create()
-        self.weight_bytes = sum(leaf.nbytes for leaf in leaves)
-        per_token = self.state.kv.k.nbytes * 2 / (shape.num_pages * PAGE_SIZE)
-        self.floor_ms = (self.weight_bytes + per_token * context * rows) / 4.3e12 * 1e3
-
-        def merge(weights):
-            return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
-
-        decode = functools.partial(programs.forward, merge, rows, rows, attention=attention)
-        sample = functools.partial(programs.sample, merge, "greedy")
-        decode_upload = np.zeros(3 * rows, np.int32)
-        decode_upload[:rows], decode_upload[rows : 2 * rows] = np.arange(rows), 1
-        decode_upload[2 * rows :] = -1
-        self.upload, self.sample_rows = decode_upload, np.arange(rows, dtype=np.int32)
-        self.decode = compiled(decode, (1,), self.weights, self.state, decode_upload)
-        self.sample = compiled(sample, (1,), self.weights, self.state, self.sample_rows)
-        self.fused = compiled(
-            lambda weights, state, upload, rows: sample(
-                weights, decode(weights, state, upload), rows
-            ),
-            (1,),
-            *(self.weights, self.state, decode_upload, self.sample_rows),
+        buckets = Buckets(
+            decode_rows=(rows,),
+            extend_rows=(rows,),
+            extend_tokens=(extend,) if extend else (),
+            patch_lines=tuple(sorted({min(4, rows), rows})),
+            copies=(1,),
         )
-        self.peek = compiled(programs.peek, (), self.state.out)
-        self.lines = self.patch_lines(context, used)
-        self.patch = compiled(programs.patch, (0,), self.state, self.lines)
-        self.state = self.patch(self.state, jax.device_put(self.lines))
-        if extend:
-            prompt = np.zeros(2 * rows + extend, np.int32)
-            prompt[:rows], prompt[rows] = rows, extend
-            prompt[0], prompt[2 * rows :] = 0, np.arange(extend) % 500
-            self.prompt = prompt
-            function = functools.partial(programs.forward, merge, extend, rows, attention=attention)
-            self.prefill = compiled(function, (1,), self.weights, self.state, prompt)
+        graphdef, params = create_model(config, key=jax.random.key(0))
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        token = 4 * config.num_layers * config.num_kv_heads * config.head_dim
+        self.floor = (weights + token * context * rows) / MEMORY_BYTES_PER_S * 1e3
+        self.runner = Runner(graphdef, params, shape, buckets)
+        self.fill = self.patch(rows, self.context)
 
-    def patch_lines(self, context: int, used: int) -> np.ndarray:
-        lines = np.zeros((self.rows, PATCH_HEADER + self.width), np.int32)
-        lines[:, 0], lines[:, 1], lines[:, 2] = np.arange(self.rows), context, KEEP
-        pages = np.random.default_rng(0).permutation(self.rows * used).reshape(self.rows, used) + 1
-        lines[:, PATCH_HEADER : PATCH_HEADER + used] = pages
-        return lines
+    def patch(self, num_lines: int, seq_len: int) -> bytes:
+        """Lines of the first rows, and a batch of all."""
+        packed = np.zeros(num_lines * self.width + self.rows, np.int32)
+        lines = packed[: -self.rows].reshape(num_lines, self.width)
+        own = np.arange(self.rows * self.pages).reshape(self.rows, self.pages) + 1
+        lines[:, 0], lines[:, 1], lines[:, 2] = np.arange(num_lines), seq_len, KEEP
+        lines[:, 3] = RUNNING if seq_len != KEEP else KEEP
+        lines[:, 4], lines[:, 5:SAMPLING_START] = CONTEXT_LENGTH, -1
+        lines[:, PATCH_HEADER : PATCH_HEADER + self.pages] = own[:num_lines]
+        packed[-self.rows :] = np.arange(self.rows)
+        return packed.tobytes()
 
-    def split_step(self, state: State) -> State:
-        state = self.decode(self.weights, state, jax.device_put(self.upload))
-        return self.sample(self.weights, state, jax.device_put(self.sample_rows))
+    def decode(self, patch: bytes = b"") -> StepPlan:
+        return StepPlan(0, "decode", self.rows, self.rows, self.num_steps, "greedy", patch=patch)
 
-    def fused_step(self, state: State) -> State:
-        uploads = jax.device_put((self.upload, self.sample_rows))
-        return self.fused(self.weights, state, *uploads)
+    def prefill(self) -> StepPlan:
+        packed = np.zeros(3 * self.rows + self.extend, np.int32)
+        rows, lengths, samples, tokens = np.split(packed, np.arange(1, 4) * self.rows)
+        rows[1:], lengths[0], samples[0] = self.rows, self.extend, 1
+        tokens[:] = np.arange(self.extend) % 500
+        return StepPlan(
+            *(0, "extend", self.extend, self.rows, 1, "greedy", packed.tobytes()),
+            patch=self.patch(self.rows, 0),
+        )
 
+    def back_to_back(self, plans: list[StepPlan], *, ahead: int) -> float:
+        """Milliseconds per step, reading `ahead` steps behind the last dispatched one."""
+        self.runner.read(self.runner.dispatch(self.decode(self.fill)))
+        start, fresh = time.perf_counter(), []
+        for plan in plans:
+            fresh.append(self.runner.dispatch(plan))
+            if len(fresh) > ahead:
+                self.runner.read(fresh.pop(0))
+        for last in fresh:
+            self.runner.read(last)
+        return (time.perf_counter() - start) / len(plans) * 1e3
 
-def compiled(function: Callable, donated: tuple[int, ...], *arguments) -> Callable:
-    return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
-
-
-def run_back_to_back(step: Step, one: Callable, *, read: str, patch: bool, count: int) -> float:
-    """Milliseconds per step; `read`: "nothing", "behind" (the previous step's tokens) or "now"."""
-    state, previous = step.state, None
-    start = time.perf_counter()
-    for _ in range(count):
-        if patch:
-            state = step.patch(state, jax.device_put(step.lines))
-        state = one(state)
-        if read != "nothing":
-            fresh = step.peek(state.out)
-            fresh.copy_to_host_async()
-            if read == "now":
-                np.asarray(fresh)
-            elif previous is not None:
-                np.asarray(previous)
-            previous = fresh
-    jax.block_until_ready(state)
-    step.state = step.patch(state, jax.device_put(step.lines))
-    return (time.perf_counter() - start) / count * 1e3
-
-
-def host_time(step: Step, one: Callable, *, read: bool, patch: bool) -> float:
-    times = []
-    for _ in range(8):
-        jax.block_until_ready(step.state)
-        start = time.perf_counter()
-        state = step.state
-        if patch:
-            state = step.patch(state, jax.device_put(step.lines))
-        step.state = one(state)
-        if read:
-            step.peek(step.state.out).copy_to_host_async()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
-
-
-def measure(step: Step, count: int) -> dict[str, dict[str, float]]:
-    variants = {
-        "fused, nothing read": (step.fused_step, "nothing", False),
-        "split, nothing read": (step.split_step, "nothing", False),
-        "fused, peek": (step.fused_step, "behind", False),
-        "split, peek": (step.split_step, "behind", False),
-        "split, peek and patch": (step.split_step, "behind", True),
-        "split, read at once": (step.split_step, "now", False),
-    }
-    results = {}
-    for name, (one, read, patch) in variants.items():
-        run_back_to_back(step, one, read=read, patch=patch, count=3)
-        times = [run_back_to_back(step, one, read=read, patch=patch, count=count) for _ in range(3)]
-        host = host_time(step, one, read=read != "nothing", patch=patch)
-        results[name] = {"ms": statistics.median(times), "host": host}
-    if step.extend:
-        state, times = step.state, []
-        for _ in range(4):
-            state = step.patch(state, jax.device_put(step.lines))
-            jax.block_until_ready(state)
+    def host(self, plan: StepPlan) -> float:
+        times = []
+        for _ in range(10):
             start = time.perf_counter()
-            state = step.prefill(step.weights, state, jax.device_put(step.prompt))
-            jax.block_until_ready(state)
+            fresh = self.runner.dispatch(plan)
             times.append((time.perf_counter() - start) * 1e3)
-        results[f"extend by {step.extend} tokens"] = {"ms": min(times)}
-    return results
+            self.runner.read(fresh)
+        return statistics.median(times)
+
+    def measure(self, count: int):
+        steady = self.decode()
+        changing = self.decode(self.patch(min(4, self.rows), KEEP))
+        some = [changing if i % 16 == 0 else steady for i in range(count)]
+        for name, plans, ahead in (
+            ("run ahead", [steady] * count, 1),
+            ("run ahead, a patch every 16 steps", some, 1),
+            ("run ahead, a patch every step", [changing] * count, 1),
+            ("read at once", [steady] * count, 0),
+        ):
+            times = [self.back_to_back(plans, ahead=ahead) for _ in range(4)]
+            yield name, statistics.median(times[1:]), self.host(plans[-1])
+        if self.extend:
+            times = []
+            for _ in range(4):
+                start = time.perf_counter()
+                self.runner.read(self.runner.dispatch(self.prefill()))
+                times.append((time.perf_counter() - start) * 1e3)
+            yield f"a prompt of {self.extend} tokens", min(times), self.host(self.prefill())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="qwen2.5-0.5b")
     parser.add_argument("--rows", default="1,64", help="batch sizes")
+    parser.add_argument("--steps", default="1,8", help="decode steps in one dispatch")
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--extend", type=int, default=0, help="also time a prompt chunk")
-    parser.add_argument("--attention", help="implementation (default: the device's best)")
-    parser.add_argument("--count", type=int, default=100, help="steps in a row")
+    parser.add_argument("--extend", type=int, default=0, help="also time a prompt")
+    parser.add_argument("--count", type=int, default=64, help="dispatches in a row")
     options = parser.parse_args()
-    for rows in map(int, options.rows.split(",")):
-        step = Step(options.model, rows, options.context, options.extend, options.attention)
-        for variant, figures in measure(step, options.count).items():
-            figures = {key: round(value, 3) for key, value in figures.items()}
-            line = {"model": options.model, "rows": rows, "context": options.context}
-            line |= {"variant": variant, **figures, "floor_ms": round(step.floor_ms, 3)}
+    rows, steps = (map(int, text.split(",")) for text in (options.rows, options.steps))
+    for num_rows, num_steps in itertools.product(rows, list(steps)):
+        bench = Bench(options.model, num_rows, options.context, num_steps, options.extend)
+        for variant, ms, host in bench.measure(options.count // num_steps):
+            line = {"model": options.model, "rows": num_rows, "steps": num_steps}
+            line |= {"variant": variant, "ms": round(ms, 3), "host_ms": round(host, 3)}
+            line |= {"ms_per_token": round(ms / num_steps, 3), "floor_ms": round(bench.floor, 3)}
             print(json.dumps(line), flush=True)
+        del bench
 
 
 if __name__ == "__main__":

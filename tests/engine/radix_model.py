@@ -323,13 +323,10 @@ class RadixMachine(RuleBasedStateMachine):
         assert match.pages == expected and match.donor is None
         kept = tokens[: num_full * self.page_size] if is_running else tokens
         assert self.longest(kept, request.namespace) == len(kept)
-        used = set(match.pages)
-        for node in self.cache.nodes():
-            path, namespace = tokens_of(node)
-            start = len(path) - len(node.tokens) // 4
-            if namespace == request.namespace and start < len(kept) and path[: len(kept)] == kept:
-                used.update(node.pages)
-        self.touch(used)
+        self.touch(match.pages)
+        if len(kept) > match.num_tokens:  # which of several siblings is used is the cache's choice
+            begins_so = [n for n in match.node.children if tokens_of(n)[0][: len(kept)] == kept]
+            self.touch(match.pages + begins_so[0].pages)
         return match
 
     def touch(self, pages):
