@@ -67,7 +67,7 @@ class Bench:
         }
         config = ModelConfig.from_dict(raw)
         self.rows, self.context, self.num_steps, self.extend = rows, context, num_steps, extend
-        self.pages = -(-(context + extend + 1024 * num_steps) // PAGE_SIZE)
+        self.pages = -(-(context + extend + 2048) // PAGE_SIZE)
         self.width = PATCH_HEADER + CONTEXT_LENGTH // PAGE_SIZE
         shape = StateShape(
             max_rows=rows,

@@ -63,11 +63,14 @@ def copy_pages(state: State, upload: Int32[Array, "C 3"]) -> State:
     source, target, kept = upload.T
     cache = state.kv
 
+    # Pages of all layers along one axis: a scatter over any other but the first copies the cache.
+    first_page = jnp.arange(0, len(cache.k), cache.num_pages)[:, None]
+    source, target = ((first_page + page).reshape(-1) for page in (source, target))
+    is_kept = jnp.arange(cache.page_size) < jnp.tile(kept, len(first_page))[:, None]
+
     def copy(pages: jax.Array) -> jax.Array:
-        layers = pages.reshape(-1, cache.num_pages, *pages.shape[1:])
-        is_kept = jnp.arange(cache.page_size) < kept[:, None]
-        moved = jnp.where(is_kept[None, :, None, :, None], layers[:, source], 0)
-        return layers.at[:, target].set(moved).reshape(pages.shape)
+        moved = jnp.where(is_kept[:, None, :, None], pages[source], 0)
+        return pages.at[target].set(moved)
 
     return dataclasses.replace(
         state, kv=dataclasses.replace(cache, k=copy(cache.k), v=copy(cache.v))

@@ -59,7 +59,7 @@ class RadixCache:
         self._pages: set[int] = set()  # all pages in the tree
         self._protected_pages = 0
         # All unlocked nodes, the least recently used first. A child comes before its parent, so
-        # the first one is always a leaf.
+        # the first is always a leaf: no clock, no heap.
         self._unlocked: OrderedDict[Node, None] = OrderedDict()
 
     @property
@@ -110,24 +110,20 @@ class RadixCache:
             tokens = tokens[: len(pages) * self.page_size]
         packed = _pack(tokens)
         node, cached = self._walk(self._root(namespace), packed)
-        new = list(pages[len(cached) :])
         duplicates = [page for page, kept in zip(pages, cached, strict=False) if page != kept]
-        if len(set(pages)) < len(pages) or not self._pages.isdisjoint(new + duplicates):
-            raise ValueError("a page would hold two prefixes at once")
+        own = [*duplicates, *pages[len(cached) :]]
+        if len(set(pages)) < len(pages) or not self._pages.isdisjoint(own):
+            raise ValueError(f"of the pages {own} some would get two owners")
 
-        end = len(packed) - len(packed) % self._page_bytes  # of the full pages
-        full, tail = packed[len(cached) * self._page_bytes : end], packed[end:]
-        tail_pages = [new.pop()] if tail else []
-        if full:
-            node = self._add_child(node, Node(full, new))
-        donor, donor_tokens = self._closest_child(node, tail)
-        if donor_tokens * TOKEN_BYTES < len(tail):
-            self._add_child(node, Node(tail, tail_pages))
-        elif donor is not None:
-            self._touch(donor)
-            duplicates += tail_pages
+        num_full = len(tokens) // self.page_size
+        end = num_full * self._page_bytes
+        new = list(pages[len(cached) : num_full])
+        if new:
+            node = self._add_child(node, Node(packed[len(cached) * self._page_bytes : end], new))
+        if packed[end:] and not self._add_tail(node, packed[end:], pages[-1]):
+            duplicates.append(pages[-1])
         self.allocator.free(duplicates)
-        return Match(node, cached + new, (len(cached) + len(new)) * self.page_size)
+        return Match(node, cached + new, num_full * self.page_size)
 
     def lock(self, node: Node) -> None:
         """Keeps the node and its ancestors from eviction until as many calls of `unlock`."""
@@ -141,6 +137,7 @@ class RadixCache:
             node = node.parent
 
     def unlock(self, node: Node) -> None:
+        """What no lock keeps any more was used until now."""
         if not node.lock_count:
             raise ValueError("this node is not locked")
         leaf = node
@@ -154,8 +151,8 @@ class RadixCache:
             self._drop_covered_tail(leaf.parent, self._index(leaf))
 
     def evict(self, num_pages: int) -> int:
-        """Frees so many pages, or all that are not locked, and says how many. They come from the
-        ends of the least recently used leaves."""
+        """Frees so many pages, or all that are not locked, and says how many. They are taken from
+        the ends of the least recently used leaves."""
         freed = 0
         while freed < num_pages and self._unlocked:
             leaf = next(iter(self._unlocked))
@@ -258,9 +255,18 @@ class RadixCache:
         self._drop_covered_tail(parent, index - 1)
         return child
 
+    def _add_tail(self, parent: Node, tokens: bytes, page: int) -> bool:
+        """False where a child's first page holds these tokens already, and maybe more."""
+        child, num_tokens = self._closest_child(parent, tokens)
+        if num_tokens * TOKEN_BYTES == len(tokens):
+            self._touch(child)
+            return False
+        self._add_child(parent, Node(tokens, [page]))
+        return True
+
     def _drop_covered_tail(self, parent: Node, index: int) -> None:
-        """Drops the child at `index` where its right neighbour begins with all its tokens: a tail
-        leaf, of no more use. If any sibling does, then that one."""
+        """Drops the child at `index` if it is a tail leaf, not locked, and a sibling begins with
+        the same tokens. If any sibling does, then the one to its right."""
         if 0 <= index < len(parent.keys) - 1:
             is_covered = parent.keys[index + 1].startswith(parent.keys[index])
             if is_covered and not parent.children[index].lock_count:

@@ -112,7 +112,10 @@ def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], Non
 
     def compile_one(job):
         function, arguments, donated = job
-        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        # A leaf that a program replaces unread is kept as its argument: left out, its buffer would
+        # go to another leaf of its shape, addresses would change, and graphs be patched.
+        jitted = jax.jit(function, donate_argnums=donated, keep_unused=True)
+        return jitted.lower(*arguments).compile()
 
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
         futures = {key: pool.submit(compile_one, job) for key, job in jobs.items()}
