@@ -8,6 +8,7 @@ left to compute (I19), eviction (I22).
 """
 
 import dataclasses
+import sys
 from array import array
 from collections.abc import Hashable
 from itertools import pairwise
@@ -115,11 +116,11 @@ class RadixMachine(RuleBasedStateMachine):
         request.num_written = stop
 
     @precondition(lambda self: self.running)
-    @rule(index=st.integers(0, MAX_RUNNING))
-    def insert_running(self, index: int):
+    @rule(index=st.integers(0, MAX_RUNNING), count=st.integers(1, 50))
+    def step_and_insert(self, index: int, count: int):
+        """A chunk of prefill that other requests may use before this one ends."""
+        self.step(index, count)
         request = self.running[index % len(self.running)]
-        if request.copy is not None:
-            return
         match = self.insert(request, is_running=True)
         assert match.num_tokens == len(match.pages) * self.page_size
         before = request.lock
@@ -181,7 +182,7 @@ class RadixMachine(RuleBasedStateMachine):
             assert not self.locked_pages() and not self.cached_pages()
 
     def teardown(self):
-        if hasattr(self, "cache"):
+        if sys.exception() is None and hasattr(self, "cache"):
             while self.running:
                 self.abort(0)
             self.cache.reset()
