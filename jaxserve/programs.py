@@ -45,7 +45,7 @@ def forward(
     num_rows: int,
     weights: tuple[jax.Array, ...],
     state: State,
-    upload: Int32[Array, " 2*B+T"],
+    upload: Int32[Array, " packed"],
 ) -> State:
     """Runs the model over the packed tokens of some rows (`StepPlan.forward`): writes their keys
     and values, and each row's newest hidden state."""
@@ -100,6 +100,6 @@ def sample(
     )
 
 
-def peek(out: Int32[Array, "R+1 C"]) -> Int32[Array, "R+1 C"]:
+def peek(out: Int32[Array, "rows C"]) -> Int32[Array, "rows C"]:
     """A fresh copy: a donated array cannot be read once the next program has taken it."""
     return out + 0
