@@ -32,7 +32,7 @@ Weights = tuple[jax.Array, ...]
 Merge = Callable[[Weights], CausalLM]  # flat weights to a model
 
 
-def patch(num_lines: int, state: State, upload: Int32[Array, " P*W+R"]) -> State:
+def patch(num_lines: int, state: State, upload: Int32[Array, " packed"]) -> State:
     """Rewrites rows of the state and the batch: `StepPlan.patch`."""
     max_rows = len(state.batch)
     lines = upload[:-max_rows].reshape(num_lines, -1)
@@ -84,7 +84,7 @@ def extend(
     num_rows: int,
     weights: Weights,
     state: State,
-    upload: Int32[Array, " 3*B+T"],
+    upload: Int32[Array, " packed"],
 ) -> State:
     """Runs the model over the packed tokens of some rows (`StepPlan.forward`): writes their keys
     and values, and each row's newest hidden state. Notes the rows that are to sample."""
@@ -171,7 +171,7 @@ def decode(
     return jax.lax.fori_loop(0, num_steps, one, state)
 
 
-def peek(out: Int32[Array, "K R+1 C"]) -> Int32[Array, "K R+1 C"]:
+def peek(out: Int32[Array, "K rows C"]) -> Int32[Array, "K rows C"]:
     """A fresh copy: a donated array cannot be read once the next program has taken it."""
     return out + 0
 

@@ -39,9 +39,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         """
         if not isinstance(given, Mapping):
             raise RequestError(f"sampling_params must be an object, got {given!r}")
-        fields = {k: v for k, v in given.items() if v is not None or k == "max_new_tokens"}
+        optional = {*cls.__struct_fields__, *NOT_SERVED} - {"max_new_tokens"}
+        fields = {k: v for k, v in given.items() if v is not None or k not in optional}
         for name, neutral in NOT_SERVED.items():
-            if name in fields and fields.pop(name) != neutral:
+            if name in fields and not _is_same(fields.pop(name), neutral):
                 raise RequestError(f"{name} is not supported by this server yet", param=name)
         if isinstance(fields.get("stop"), str):
             fields["stop"] = [fields["stop"]]
@@ -67,6 +68,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             "max_new_tokens",
             f"max_new_tokens must be at least 0, got {limit}.",
         )
+        for name in ("max_new_tokens", "stream_interval"):
+            value = getattr(self, name)
+            fits = value is None or value < 2**63
+            require(fits, name, f"{name} must be below 2**63, got {value}.")
         require(
             0 <= t < float("inf"),
             "temperature",
@@ -84,6 +89,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             f"at most {MOST_STOPS} stop strings are allowed, got {len(self.stop)}",
         )
         for stop in self.stop:
+            require(
+                not any("\ud800" <= c <= "\udfff" for c in stop),
+                "stop",
+                "a stop string must be Unicode text",
+            )
             size = len(stop.encode())
             require(
                 0 < size <= MOST_STOP_BYTES,
@@ -106,6 +116,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             "sampling_seed",
             f"sampling_seed must be in [-2**63, 2**63 - 1], got {self.sampling_seed}.",
         )
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    """False is no 0 here."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 # What SGLang has and we do not yet: its neutral value is accepted, any other refused in words.

@@ -6,6 +6,7 @@ Reads the spellings of transformers 4.x (`rope_theta`, `rope_scaling`, `torch_dt
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
@@ -101,12 +102,12 @@ class ModelConfig:
             intermediate_size=shape["intermediate_size"],
             num_layers=shape["num_hidden_layers"],
             num_heads=num_heads,
-            num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-            head_dim=raw.get("head_dim") or shape["hidden_size"] // num_heads,
+            num_kv_heads=size(raw, "num_key_value_heads", num_heads),
+            head_dim=size(raw, "head_dim", shape["hidden_size"] // num_heads),
             context_length=context_length or longest,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope=_parse_rope(raw, longest),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            tie_word_embeddings=flag(raw, "tie_word_embeddings"),
             windows=(None,) * shape["num_hidden_layers"],
             dtype=raw.get("dtype") or raw.get("torch_dtype") or "bfloat16",
             eos_token_ids=_token_ids(raw.get("eos_token_id")),
@@ -136,6 +137,8 @@ def layer_windows(
     types = raw.get("layer_types")
     if types is None:
         return tuple(window if i >= first_windowed else None for i in range(num_layers))
+    if not isinstance(types, list) or not all(isinstance(name, str) for name in types):
+        raise ValueError(f"config.json: layer_types is {types!r}, needs a list of names")
     if len(types) != num_layers:
         raise ValueError(f"config.json: {len(types)} layer_types for {num_layers} layers")
     known = {"sliding_attention": window, "full_attention": None}
@@ -146,6 +149,8 @@ def layer_windows(
 
 def _parse_rope(raw: Mapping[str, Any], longest: int) -> RopeConfig:
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        raise ValueError(f"config.json: rope_scaling is {scaling!r}, needs an object")
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
     if rope_type not in get_args(RopeType):
         names = ", ".join(get_args(RopeType))
@@ -157,16 +162,16 @@ def _parse_rope(raw: Mapping[str, Any], longest: int) -> RopeConfig:
     original = longest
     if rope_type in ("llama3", "yarn"):
         key = "original_max_position_embeddings"
-        original = raw.get(key) or scaling.get(key) or longest
-    factor = scaling.get("factor")
+        original = size(raw, key, size(scaling, key, longest))
+    factor = _number(scaling, "factor", None)
     if factor is None and rope_type == "yarn" and "factor" in scaling:
         factor = longest / original
     if factor is None and rope_type != "default":
         raise ValueError(f"config.json: rope_type {rope_type!r} needs a factor")
     return RopeConfig(
         rope_type=rope_type,
-        theta=scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0,
-        factor=factor or 1.0,
+        theta=_number(scaling, "rope_theta", _number(raw, "rope_theta", 10000.0)),
+        factor=1.0 if factor is None else factor,
         original_context_length=original,
         **{name: scaling[name] for name in _ROPE_OPTIONS if scaling.get(name) is not None},
     )
@@ -190,10 +195,33 @@ def _check(config: ModelConfig) -> None:
             f"config.json: num_attention_heads {config.num_heads} is no multiple of "
             f"num_key_value_heads {config.num_kv_heads}"
         )
-    if config.head_dim % 2:
-        raise ValueError(f"config.json: head_dim {config.head_dim} is odd")
+    if config.head_dim < 2 or config.head_dim % 2:
+        raise ValueError(f"config.json: head_dim {config.head_dim} is not even and positive")
     if config.dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"config.json: dtype {config.dtype!r} is not served")
+
+
+def size(raw: Mapping[str, Any], key: str, default: int) -> int:
+    """A size that may be absent or null."""
+    return default if raw.get(key) is None else _required(raw, key)
+
+
+def flag(raw: Mapping[str, Any], key: str) -> bool:
+    """False where it is absent or null."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} is {value!r}, needs true or false")
+    return bool(value)
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float | None) -> float | None:
+    value = raw.get(key)
+    if value is None:
+        return default
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {key} is {value!r}, needs a positive number")
+    return value
 
 
 def _required(raw: Mapping[str, Any], key: str) -> int:
@@ -204,15 +232,17 @@ def _required(raw: Mapping[str, Any], key: str) -> int:
 
 
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise ValueError(f"config.json: eos_token_id is {value!r}, needs token ids")
+    return tuple(ids)
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no JSON object")

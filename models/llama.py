@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.config import ModelConfig, flag
 from jaxserve.models.interface import Attend
 from jaxserve.models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm
 from jaxserve.models.rope import Rope, rope_tables
@@ -59,11 +59,11 @@ class LlamaForCausalLM(nnx.Module):
     @staticmethod
     def read_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         """The fields of ModelConfig that this architecture reads in its own way."""
-        bias = raw.get("attention_bias", False)
+        bias = flag(raw, "attention_bias")
         return {
             "attention_bias": bias,
             "attention_out_bias": bias,
-            "mlp_bias": raw.get("mlp_bias", False),
+            "mlp_bias": flag(raw, "mlp_bias"),
         }
 
     def __init__(self, c: ModelConfig, dtype):

@@ -3,14 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.models.config import ModelConfig, layer_windows
+from jaxserve.models.config import ModelConfig, flag, layer_windows, size
 from jaxserve.models.llama import LlamaForCausalLM
 
 
 def qwen_windows(raw: Mapping[str, Any], config: ModelConfig) -> tuple[int | None, ...]:
     """The first `max_window_layers` layers see everything; the window counts only when it is on."""
-    window = raw.get("sliding_window") if raw.get("use_sliding_window", False) else None
-    return layer_windows(raw, config.num_layers, window, raw.get("max_window_layers", 28))
+    is_windowed = flag(raw, "use_sliding_window") and raw.get("sliding_window") is not None
+    window = size(raw, "sliding_window", 0) if is_windowed else None
+    first = raw.get("max_window_layers")
+    if first is not None and not isinstance(first, int):
+        raise ValueError(f"config.json: max_window_layers is {first!r}, needs an integer")
+    return layer_windows(raw, config.num_layers, window, 28 if first is None else first)
 
 
 class Qwen2ForCausalLM(LlamaForCausalLM):

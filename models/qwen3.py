@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.config import ModelConfig, size
 from jaxserve.models.llama import LlamaForCausalLM
 from jaxserve.models.qwen2 import qwen_windows
 
@@ -21,5 +21,5 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
         return biases | {
             "windows": qwen_windows(raw, config),
             # Its head_dim is 128 by default, whatever the hidden size and the number of heads.
-            "head_dim": raw.get("head_dim") or 128,
+            "head_dim": size(raw, "head_dim", 128),
         }

@@ -26,8 +26,8 @@ def architecture_of(raw: Mapping[str, Any]) -> str:
       ValueError: none is; the message lists those that are.
     """
     named = raw.get("architectures") or []
-    for name in named:
-        if name in ARCHITECTURES:
+    for name in named if isinstance(named, list) else []:
+        if isinstance(name, str) and name in ARCHITECTURES:
             return name
     known = ", ".join(sorted(ARCHITECTURES))
     raise ValueError(f"config.json: architectures {named} are not served; known: {known}")
@@ -39,7 +39,10 @@ def model_class(architecture: str) -> type[nnx.Module]:
 
 
 def create_model(
-    config: "ModelConfig", *, dtype: jnp.dtype | None = None, key: jax.Array | None = None
+    config: "ModelConfig",
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    key: jax.Array | None = None,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """A model's structure and its parameters: `model = nnx.merge(graphdef, params)`.
 

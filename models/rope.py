@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxserve.models.config import ModelConfig, RopeConfig
 
-Rope = tuple[Float[Array, "T 1 H/2"], Float[Array, "T 1 H/2"]]
+Rope = tuple[Float[Array, "T 1 half_head"], Float[Array, "T 1 half_head"]]
 
 
 def rope_tables(config: ModelConfig, positions: Int32[Array, " T"]) -> Rope:

@@ -59,9 +59,11 @@ class SafetensorsFile:
         self._fd = os.open(self.path, os.O_RDONLY)
         try:
             self.tensors = _read_header(self._fd)
-        except ValueError as error:
+        except BaseException as error:
             os.close(self._fd)
-            raise ValueError(f"{self.path}: {error}") from error
+            if isinstance(error, ValueError):
+                raise ValueError(f"{self.path}: {error}") from error
+            raise
 
     def read_into(self, name: str, offset: int, out: np.ndarray) -> None:
         """Fills the contiguous `out` from the tensor's bytes at `offset`; dtypes must be equal."""
@@ -95,7 +97,7 @@ def _read_header(fd: int) -> dict[str, Tensor]:
     if length > min(MAX_HEADER_BYTES, file_size - 8):
         raise ValueError(f"header of {length} bytes in a file of {file_size}")
     try:
-        entries = json.loads(os.pread(fd, length, 8))
+        entries = json.loads(os.pread(fd, length, 8), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"header is not JSON: {error}") from error
     if not isinstance(entries, dict):
@@ -106,12 +108,19 @@ def _read_header(fd: int) -> dict[str, Tensor]:
     return tensors
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("an entry is given twice")
+    return entries
+
+
 def _parse_entry(name: str, entry: Any, data_start: int) -> Tensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{name}: entry lacks dtype, shape or data_offsets") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name}: dtype {dtype!r} is not read; known: {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(_is_size(n) for n in (*shape, begin, end)):
         raise ValueError(f"{name}: shape and offsets must be whole numbers that are not negative")

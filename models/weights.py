@@ -7,6 +7,7 @@ views: (checkpoint name, parameter, index). Loading reads each tensor straight i
 import concurrent.futures
 import dataclasses
 import json
+import math
 import pathlib
 import threading
 from collections.abc import Callable, Iterable
@@ -69,7 +70,13 @@ class Checkpoint:
     def __init__(self, folder: str | pathlib.Path):
         """Raises FileNotFoundError where a file is missing, ValueError where one is not sound."""
         self.folder = pathlib.Path(folder)
-        self.files = [SafetensorsFile(path) for path in _shard_paths(self.folder)]
+        self.files: list[SafetensorsFile] = []
+        try:
+            for path in _shard_paths(self.folder):
+                self.files.append(SafetensorsFile(path))
+        except BaseException:
+            self.close()
+            raise
         self._file_of = {name: file for file in self.files for name in file.tensors}
 
     def __contains__(self, name: str) -> bool:
@@ -94,9 +101,10 @@ def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            outside = [name for name in names if pathlib.PurePath(name).name != name]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} has no usable weight_map: {error}") from error
-        if outside := [name for name in names if pathlib.PurePath(name).name != name]:
+        if outside:
             raise ValueError(f"{index} names files outside its folder: {outside}")
         paths = [folder / name for name in names]
     else:
@@ -180,7 +188,7 @@ def load_params(
         def read_shard(index):
             return _read_shard(checkpoint, parts[tuple(path)], leaf, index, report)
 
-        sharding = where[path][...] if path in where else default
+        sharding = where[path].get_value() if path in where else default
         return leaf.replace(jax.make_array_from_callback(leaf.shape, sharding, read_shard))
 
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
@@ -224,7 +232,8 @@ def _read_box(checkpoint, view: View, box: list[tuple[int, int]], out: np.ndarra
         rows = np.empty((last - first, *shape[1:]), tensor.dtype)
         file.read_into(view.name, first * row_bytes, rows)
         out[...] = rows[(slice(None), *(slice(*cut) for cut in inner))].astype(out.dtype)
-    report(file.path, (last - first) * row_bytes)
+    share = math.prod(stop - start for start, stop in box)
+    report(file.path, share * tensor.dtype.itemsize)
 
 
 class ShardProgress:
@@ -247,6 +256,8 @@ class ShardProgress:
 
     def __call__(self, path: pathlib.Path, count: int) -> None:
         with self._lock:
+            if path not in self._left:
+                return  # what several devices hold is read several times
             self._left[path] -= count
             self._gigabytes += count / 1e9
             if self._left[path] <= 0:
