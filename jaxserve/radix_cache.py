@@ -295,7 +295,7 @@ class RadixCache:
 
     def _check_node(self, node: Node) -> None:
         index = self._index(node)
-        assert node.parent.children[index] is node
+        assert node.parent.children[index : index + 1] == [node]
         assert node.parent.keys[index] == node.tokens[: self._page_bytes]
         assert node.pages and 0 <= node.lock_count <= node.parent.lock_count
         is_tail = len(node.tokens) < self._page_bytes

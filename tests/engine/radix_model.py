@@ -1,10 +1,10 @@
 """Random requests on a RadixCache, and a shadow that knows what was written into each page.
 
-The shadow never looks at the tree for what it contains. It knows the pages the cache owns, the
-tokens each was written for, the locks and the times of use; from those it says what a match must
-find, what may be evicted, and in which order. The letters are those of the invariants in the
-methods' names below: conservation (I1, I2), locks (I4, I5, I7), content (I9, I10, I24), a token
-left to compute (I19), eviction (I22).
+The shadow follows the requests, not the tree: the tokens written into each page, the locks, the
+times of use. From those it says what a match must find, what may be evicted and in which order.
+Of the tree it takes only which pages it owns. What holds after every call: each page has one owner;
+locks are counted exactly and protect whole paths; every cached slot holds what its path says; the
+pages that requests read are still what they matched; nothing is cached twice.
 """
 
 import dataclasses
@@ -13,17 +13,17 @@ from array import array
 from collections.abc import Hashable
 from itertools import pairwise
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxserve.page_allocator import PageAllocator
-from jaxserve.radix_cache import Match, Node, RadixCache
+from jaxserve.radix_cache import TOKEN_BYTES, Match, Node, RadixCache
 
 LETTERS = 1, 257  # their first bytes agree: a match counts tokens, not bytes
 NAMESPACES = "", ("adapter", 1)
 MAX_RUNNING = 4
-LENGTHS = st.integers(0, 35)
-FLIPS = st.sets(st.integers(0, 35), max_size=2)
+PROMPTS = st.integers(0, 2 * 36 * 72 * 72 - 1)  # one draw each: drawing takes most of the time
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,13 +61,11 @@ class RadixMachine(RuleBasedStateMachine):
     # What happens
 
     @precondition(lambda self: len(self.running) < MAX_RUNNING)
-    @rule(
-        length=LENGTHS,
-        flips=FLIPS,
-        namespace=st.sampled_from(NAMESPACES),
-    )
-    def submit(self, length: int, flips: set[int], namespace: Hashable):
-        tokens = self.sequence(length, flips)
+    @rule(number=PROMPTS)
+    def submit(self, number: int):
+        self.start_request(*self.prompt(number))
+
+    def start_request(self, tokens: tuple[int, ...], namespace: Hashable) -> bool:
         match = self.match(tokens, namespace, len(tokens) - 1)
         assert match.num_tokens < len(tokens), "a prefill computes a token"
         lock = self.lock(match.node, match.pages)
@@ -79,22 +77,26 @@ class RadixMachine(RuleBasedStateMachine):
         self.running.append(request)
         if fresh is None:
             self.abort(-1)
-        else:
-            request.pages = match.pages + fresh
+            return False
+        request.pages = match.pages + fresh
+        return True
 
-    @precondition(lambda self: len(self.running) < MAX_RUNNING)
-    @rule(
-        length=LENGTHS,
-        flips=FLIPS,
-        namespace=st.sampled_from(NAMESPACES),
-    )
-    def serve(self, length: int, flips: set[int], namespace: Hashable):
+    @rule(number=PROMPTS)
+    def serve(self, number: int):
         """A request from its start to its end."""
-        num_running = len(self.running)
-        self.submit(length, flips, namespace)
-        if len(self.running) > num_running:
-            self.step(num_running, len(self.running[-1].tokens))
-            self.finish(num_running)
+        self.serve_request(*self.prompt(number))
+
+    @precondition(lambda self: self.running)
+    @rule(index=st.integers(0, MAX_RUNNING))
+    def overtake(self, index: int):
+        """While a request runs another comes that is like it, and ends."""
+        request = self.running[index % len(self.running)]
+        self.serve_request(request.tokens, request.namespace)
+
+    def serve_request(self, tokens: tuple[int, ...], namespace: Hashable):
+        if self.start_request(tokens, namespace):
+            self.step(-1, len(tokens))
+            self.finish(-1)
 
     @precondition(lambda self: self.running)
     @rule(index=st.integers(0, MAX_RUNNING), count=st.integers(1, 50))
@@ -148,20 +150,15 @@ class RadixMachine(RuleBasedStateMachine):
         self.allocator.free(request.pages[len(request.lock.pages) :])
         self.unlock(request.lock)
 
-    @rule(
-        length=LENGTHS,
-        flips=FLIPS,
-        namespace=st.sampled_from(NAMESPACES),
-        most=st.none() | st.integers(-1, 50),
-    )
-    def look_up(self, length: int, flips: set[int], namespace: Hashable, most: int | None):
-        self.match(self.sequence(length, flips), namespace, most)
+    @rule(number=PROMPTS, most=st.none() | st.integers(-1, 40))
+    def look_up(self, number: int, most: int | None):
+        self.match(*self.prompt(number), most)
 
     @precondition(lambda self: self.cache.total_pages)
     @rule(num_pages=st.integers(0, 3))
     def evict(self, num_pages: int):
         before, num_free = self.cached_pages(), self.allocator.num_free
-        nodes = [(list(n.pages), max(map(self.used.get, n.pages)), n) for n in self.cache.nodes()]
+        nodes = [(list(n.pages), max(self.used[p] for p in n.pages), n) for n in self.cache.nodes()]
         leaves = [(p, t) for p, t, n in nodes if not n.children and not self.count_locks(p[0])]
         freed = self.cache.evict(num_pages)
         assert freed == min(num_pages, len(before - self.locked_pages()))
@@ -169,6 +166,10 @@ class RadixMachine(RuleBasedStateMachine):
         gone = before - self.cached_pages()
         newest_gone = max((time for pages, time, _ in nodes if gone & set(pages)), default=0)
         assert all(newest_gone <= time for pages, time in leaves if not gone & set(pages))
+        for _, _, node in nodes:
+            if gone.issuperset(node.pages):
+                with pytest.raises(ValueError):
+                    self.cache.lock(node)
 
     @precondition(lambda self: self.locked_pages() or self.now > 40)
     @rule()
@@ -180,6 +181,18 @@ class RadixMachine(RuleBasedStateMachine):
             assert self.locked_pages() and self.cached_pages() == before
         else:
             assert not self.locked_pages() and not self.cached_pages()
+
+    @precondition(lambda self: self.cache.total_pages)
+    @rule()
+    def misuse(self):
+        node = next(self.cache.nodes())
+        with pytest.raises(ValueError):
+            self.cache.insert([0] * self.page_size, node.pages[:1])
+        with pytest.raises(ValueError):
+            self.cache.insert([0] * self.page_size, [])
+        if not self.count_locks(node.pages[0]):
+            with pytest.raises(ValueError):
+                self.cache.unlock(node)
 
     def teardown(self):
         if sys.exception() is None and hasattr(self, "cache"):
@@ -218,7 +231,7 @@ class RadixMachine(RuleBasedStateMachine):
     def pages_hold_what_the_tree_says(self):
         for node in self.cache.nodes():
             path, namespace = tokens_of(node)
-            start = len(path) - len(node.tokens) // 4
+            start = len(path) - len(node.tokens) // TOKEN_BYTES
             for position in range(start, len(path)):
                 page = node.pages[(position - start) // self.page_size]
                 expected = namespace, path[: position + 1]
@@ -237,11 +250,11 @@ class RadixMachine(RuleBasedStateMachine):
     @invariant()
     def tree_is_page_aligned(self):
         for node in self.cache.nodes():
-            num_tokens = len(node.tokens) // 4
+            num_tokens = len(node.tokens) // TOKEN_BYTES
             is_tail = 0 < num_tokens < self.page_size and len(node.pages) == 1
             assert num_tokens == len(node.pages) * self.page_size > 0 or is_tail
             assert not (is_tail and node.children)
-            first = [child.tokens[: 4 * self.page_size] for child in node.children]
+            first = [child.tokens[: TOKEN_BYTES * self.page_size] for child in node.children]
             assert all(a < b for a, b in pairwise(first))
 
     @invariant()
@@ -258,11 +271,14 @@ class RadixMachine(RuleBasedStateMachine):
 
     # The shadow
 
-    def sequence(self, length: int, flips: set[int]) -> tuple[int, ...]:
-        """Most begin alike, and differ in a token or two."""
+    def prompt(self, number: int) -> tuple[tuple[int, ...], Hashable]:
+        """A namespace and up to two pages and a bit of one letter, but for two tokens at most."""
         longest = 2 * self.page_size + 4
-        flips = {flip % longest for flip in flips}
-        return tuple(LETTERS[i in flips] for i in range(length % longest + 1))
+        number, namespace = divmod(number, 2)
+        number, length = divmod(number, longest)
+        others = number % (2 * longest), number // (2 * longest) % (2 * longest)  # half are past it
+        letters = (LETTERS[i in others] for i in range(length + 1))
+        return tuple(letters), NAMESPACES[namespace]
 
     def cached_pages(self) -> set[int]:
         return {page for node in self.cache.nodes() for page in node.pages}
