@@ -47,6 +47,12 @@ def _slow(folder: pathlib.Path) -> tokenizers.Tokenizer:
             f"{folder} holds no tokenizer ({error}); name one with --tokenizer-path, "
             "or serve token ids with --skip-tokenizer-init"
         ) from error
+    if not any((folder / name).exists() for name in tokenizer.vocab_files_names.values()):
+        # transformers makes an empty one from config.json alone
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer; name one with --tokenizer-path, "
+            "or serve token ids with --skip-tokenizer-init"
+        )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise FileNotFoundError(f"{folder}: {type(tokenizer).__name__} has no fast form")
