@@ -13,11 +13,11 @@ class Tokenizer:
     """A model's tokenizer, from the files in its folder. Safe to use from several threads."""
 
     def __init__(self, folder: str | pathlib.Path):
-        """Raises FileNotFoundError where the folder holds no tokenizer."""
+        """Raises FileNotFoundError where the folder holds no tokenizer, ValueError for a bad one."""
         folder = pathlib.Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
         path = folder / "tokenizer.json"
-        backend = tokenizers.Tokenizer.from_file(str(path)) if path.exists() else _slow(folder)
+        backend = _fast(path) if path.exists() else _slow(folder)
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -35,6 +35,13 @@ class Tokenizer:
     def _id_of(self, token: str | dict[str, Any] | None) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token
         return None if content is None else self._backend.token_to_id(content)
+
+
+def _fast(path: pathlib.Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
 
 
 def _slow(folder: pathlib.Path) -> tokenizers.Tokenizer:

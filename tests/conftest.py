@@ -31,7 +31,6 @@ def modules(package: str, folder: pathlib.Path) -> set[str]:
 MODELS = modules("jaxserve.models", ROOT / "models")
 JITTED = {f"jaxserve.{name}" for name in ("paged_attention", "programs", "sampling", "state")}
 CHECKED = modules("pallas_kernels", ROOT / "pallas_kernels") | (MODELS - NO_SHAPES) | JITTED
-CHECKED -= {"pallas_kernels.attention.api"}  # one of its tests calls plan(None, ...)
 jaxtyping.install_import_hook(sorted(CHECKED), "beartype.beartype")
 
 from jaxserve.models import interface  # noqa: E402

@@ -155,4 +155,6 @@ def test_refuses_what_does_not_fit(q_shape, window, words):
 
 def test_unknown_implementation_names_the_known_ones():
     with pytest.raises(ValueError, match="'nope': choose from"):
-        attention.plan(None, 1, implementation="nope")
+        ints = jnp.zeros((1, 1), jnp.int32)
+        batch = attention.RaggedBatch(ints, ints[0], jnp.zeros(2, jnp.int32))
+        attention.plan(batch, 1, implementation="nope")
