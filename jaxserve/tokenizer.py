@@ -13,7 +13,7 @@ class Tokenizer:
     """A model's tokenizer, from the files in its folder. Safe to use from several threads."""
 
     def __init__(self, folder: str | pathlib.Path):
-        """Raises FileNotFoundError where the folder holds no tokenizer, ValueError for a bad one."""
+        """Raises FileNotFoundError where there is no tokenizer, ValueError for a broken one."""
         folder = pathlib.Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
         path = folder / "tokenizer.json"
