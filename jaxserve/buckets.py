@@ -18,11 +18,12 @@ class Buckets:
     @classmethod
     def make(cls, max_rows: int, max_prefill_tokens: int, growth: int) -> "Buckets":
         """Sizes grow by the factor `growth` up to `max_rows` rows, and as many tokens as one
-        prefill chunk and a decode token of every row."""
+        prefill chunk and a decode token of every row. Where they grow fast, few programs are
+        wanted above all, and extend steps are always padded to all rows."""
         few = tuple(sorted({min(4, max_rows), max_rows}))
         return cls(
             decode_rows=_geometric(1, max_rows, growth),
-            extend_rows=few,
+            extend_rows=few if growth <= 2 else (max_rows,),
             extend_tokens=_geometric(16, max_prefill_tokens + max_rows, growth),
             patch_lines=few,
             copies=few,

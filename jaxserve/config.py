@@ -147,7 +147,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no model could make right; names the flag."""
         for name, low, high in _RANGES:
-            value = getattr(self, name)
+            value = getattr(self, name, None)  # an EngineConfig has not the server's
             if value is not None and not low <= value <= high:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} {value}: must be from {low} to {high}")
@@ -190,4 +190,7 @@ _RANGES = (
     ("stream_interval", 1, _MOST),
     ("decode_log_interval", 1, _MOST),
     ("random_seed", 0, 2**63 - 1),
+    ("port", 0, 65535),
+    ("max_request_bytes", 1, _MOST),
+    ("shutdown_timeout", 0, _MOST),
 )

@@ -11,8 +11,8 @@ HALF = "\ufffd"  # what an incomplete character decodes to
 class Detokenizer:
     """The text of one request's output.
 
-    `text` grows by whole characters; `finish` adds what was held back. The end result equals
-    decoding all ids at once.
+    `text` grows by whole characters; `finish` adds what was held back. Where the ids are valid
+    text, the end result equals decoding all of them at once.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """The engine in this process, for programs that embed it: one thread steps, any thread asks."""
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -64,6 +65,7 @@ class Engine:
         changed = threading.Event()
         answers = self._submit(prompt, sampling_params, input_ids, rid, stream, changed.set)
         stream_of_answers = self._follow(answers, changed)
+        next(stream_of_answers)
         return stream_of_answers if stream else answers.in_order(list(stream_of_answers))
 
     async def async_generate(
@@ -77,15 +79,21 @@ class Engine:
     ) -> dict[str, Any] | list[dict[str, Any]] | AsyncIterator[dict[str, Any]]:
         """As `generate`, awaited; with `stream`, the awaited result is an asynchronous iterator."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def on_update() -> None:
+            with contextlib.suppress(RuntimeError):  # the caller's loop is closed
+                loop.call_soon_threadsafe(changed.set)
+
         answers = self._submit(
             prompt,
             sampling_params,
             input_ids,
             rid,
             stream,
-            lambda: loop.call_soon_threadsafe(changed.set),
+            on_update,
         )
         stream_of_answers = self._follow_async(answers, changed)
+        await anext(stream_of_answers)
         if stream:
             return stream_of_answers
         return answers.in_order([answer async for answer in stream_of_answers])
@@ -136,6 +144,7 @@ class Engine:
 
     def _follow(self, answers: Answers, changed: threading.Event) -> Iterator[dict[str, Any]]:
         try:
+            yield {}  # taken by the caller: a generator that has not begun would not abandon
             while not answers.is_over:
                 changed.wait()
                 changed.clear()
@@ -147,6 +156,7 @@ class Engine:
         self, answers: Answers, changed: asyncio.Event
     ) -> AsyncIterator[dict[str, Any]]:
         try:
+            yield {}  # as in `_follow`
             while not answers.is_over:
                 await changed.wait()
                 changed.clear()

@@ -23,6 +23,7 @@ from jaxserve.messages import (
     ToEngine,
 )
 from jaxserve.request import Request
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
 
@@ -137,7 +138,9 @@ class Frontend:
                 generation.deliver(update)
         elif isinstance(message, Reply):
             future = self._calls.pop(message.call_id)
-            if message.error is None:
+            if not future.set_running_or_notify_cancel():
+                pass  # whoever asked has left
+            elif message.error is None:
                 future.set_result(message.value)
             else:
                 future.set_exception(RuntimeError(message.error))
@@ -149,7 +152,8 @@ class Frontend:
             generation.fail(error)
         self._live.clear()
         for future in self._calls.values():
-            future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
         self._calls.clear()
 
 
@@ -160,4 +164,8 @@ def _parse_preferred(given: str | None) -> dict[str, Any]:
         raise ValueError(f"--preferred-sampling-params is not JSON: {error}") from error
     if not isinstance(preferred, dict):
         raise ValueError("--preferred-sampling-params must be a JSON object")
+    try:
+        SamplingParams.parse(preferred)
+    except RequestError as error:
+        raise ValueError(f"--preferred-sampling-params: {error}") from error
     return preferred

@@ -78,7 +78,10 @@ class GenerateRequest:
         texts, ids, is_batch = _prompts(body)
         count = len(texts)
         if count > most_items:
-            raise RequestError(f"at most {most_items} prompts in a request, got {count}")
+            raise RequestError(
+                f"at most {most_items} prompts in a request, got {count}",
+                param="input_ids" if body.get("text") is None else "text",
+            )
         parameters = _spread(body.get("sampling_params"), count, is_batch)
         rids = _rids(body.get("rid"), count, is_batch)
         priority, namespace = _priority(body), _namespace(body)
@@ -192,9 +195,9 @@ def _prompts(body: Mapping[str, Any]) -> tuple[list, list, bool]:
     is_batch = isinstance(ids[0] if text is None else text, list)
     texts = text if isinstance(text, list) else [text] * (len(ids) if is_batch else 1)
     lists = ids if is_batch and ids is not None else [ids] * len(texts)
-    if not all(one is None or isinstance(one, str) for one in texts):
+    if text is not None and not all(isinstance(one, str) for one in texts):
         raise RequestError("text must be a string or a list of strings", param="text")
-    if not all(one is None or _is_id_list(one) for one in lists):
+    if ids is not None and not all(_is_id_list(one) for one in lists):
         raise RequestError(
             "input_ids must be a list of token ids or a list of such lists", param="input_ids"
         )

@@ -1,6 +1,5 @@
 """A model's name to the folder that holds it. The only outbound connection, and only at start."""
 
-import os
 import pathlib
 
 FILES = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.jinja", "*.txt"]
@@ -29,7 +28,7 @@ def resolve(name: str, *, revision: str | None = None, download_dir: str | None 
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise FileNotFoundError(f"{name} (repository not found): {_first_line(error)}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        offline = " (HF_HUB_OFFLINE is set)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
         raise FileNotFoundError(
             f"{name} is no folder, is not in the hub's cache, and the hub cannot be reached"
             f"{offline}; download it where there is a network and give its folder to --model-path"

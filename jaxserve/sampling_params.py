@@ -38,7 +38,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
           RequestError: names the field.
         """
         if not isinstance(given, Mapping):
-            raise RequestError(f"sampling_params must be an object, got {given!r}")
+            raise RequestError(
+                f"sampling_params must be an object, got {type(given).__name__}",
+                param="sampling_params",
+            )
         optional = {*cls.__struct_fields__, *NOT_SERVED} - {"max_new_tokens"}
         fields = {k: v for k, v in given.items() if v is not None or k not in optional}
         for name, neutral in NOT_SERVED.items():

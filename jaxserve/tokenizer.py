@@ -13,11 +13,11 @@ class Tokenizer:
     """A model's tokenizer, from the files in its folder. Safe to use from several threads."""
 
     def __init__(self, folder: str | pathlib.Path):
-        """Raises FileNotFoundError where the folder holds no tokenizer."""
+        """Raises FileNotFoundError where there is no tokenizer, ValueError for a broken one."""
         folder = pathlib.Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
         path = folder / "tokenizer.json"
-        backend = tokenizers.Tokenizer.from_file(str(path)) if path.exists() else _slow(folder)
+        backend = _fast(path) if path.exists() else _slow(folder)
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -37,6 +37,13 @@ class Tokenizer:
         return None if content is None else self._backend.token_to_id(content)
 
 
+def _fast(path: pathlib.Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
+
+
 def _slow(folder: pathlib.Path) -> tokenizers.Tokenizer:
     from transformers import AutoTokenizer  # converts a sentencepiece or tiktoken file
 
@@ -47,6 +54,12 @@ def _slow(folder: pathlib.Path) -> tokenizers.Tokenizer:
             f"{folder} holds no tokenizer ({error}); name one with --tokenizer-path, "
             "or serve token ids with --skip-tokenizer-init"
         ) from error
+    if not any((folder / name).exists() for name in tokenizer.vocab_files_names.values()):
+        # transformers makes an empty one from config.json alone
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer; name one with --tokenizer-path, "
+            "or serve token ids with --skip-tokenizer-init"
+        )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise FileNotFoundError(f"{folder}: {type(tokenizer).__name__} has no fast form")

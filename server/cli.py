@@ -64,9 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
         group = groups.setdefault(title, parser.add_argument_group(title))
         _add(group, field)
     for flag in IGNORED:
-        parser.add_argument(
-            flag, dest=_dest(flag), nargs="?", const="", default=None, help=argparse.SUPPRESS
-        )
+        parser.add_argument(flag, dest=_dest(flag), nargs="*", default=None, help=argparse.SUPPRESS)
     return parser
 
 

@@ -35,7 +35,14 @@ def run(config: ServerConfig, ignored_flags: list[str]) -> int:
         return 1
     logger.info("server_args=%s", config)
     with listener:
-        return uvloop.run(_serve(config, listener))
+        try:
+            return uvloop.run(_serve(config, listener))
+        except OSError as error:
+            logger.error("cannot listen on %s:%d: %s", config.host, config.port, error.strerror)
+            return 1
+        except ValueError as error:
+            logger.error("cannot start: %s", error)
+            return 1
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -68,6 +75,7 @@ async def _serve(config: ServerConfig, listener: socket.socket) -> int:
         )
         await server.startup()
         await server.before_start()
+        listener.listen()  # uvloop would not raise where another has taken the port meanwhile
         await server.start_serving()
         await server.after_start()
         if not config.skip_server_warmup:
@@ -80,7 +88,7 @@ async def _serve(config: ServerConfig, listener: socket.socket) -> int:
         await server.close()
         await server.after_stop()
         return int(client.died.is_set())
-    except (EngineDied, OSError) as error:
+    except EngineDied as error:
         logger.error("%s", error)
         return 1
     finally:

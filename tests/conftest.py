@@ -31,14 +31,6 @@ def modules(package: str, folder: pathlib.Path) -> set[str]:
 MODELS = modules("jaxserve.models", ROOT / "models")
 JITTED = {f"jaxserve.{name}" for name in ("paged_attention", "programs", "sampling", "state")}
 CHECKED = modules("pallas_kernels", ROOT / "pallas_kernels") | (MODELS - NO_SHAPES) | JITTED
-# Annotations that cannot be checked as they are written; delete each with its cause.
-CHECKED -= {
-    "jaxserve.models.rope",  # `Rope` has the axis "H/2" where no H is bound
-    "jaxserve.models.layers",  # takes a Rope
-    "jaxserve.models.llama",  # takes a Rope
-    "jaxserve.programs",  # the axes "R+1" and "2*B+T" where nothing is bound
-    "pallas_kernels.attention.api",  # tests/kernels/test_attention.py gives `plan` no batch
-}
 jaxtyping.install_import_hook(sorted(CHECKED), "beartype.beartype")
 
 from jaxserve.models import interface  # noqa: E402

@@ -163,5 +163,8 @@ def test_refuses_what_does_not_fit(q_shape, window, words):
 
 
 def test_unknown_implementation_names_the_known_ones():
+    ints = jnp.zeros((1, 1), jnp.int32)
+    batch = attention.RaggedBatch(ints, ints[0], jnp.zeros(2, jnp.int32))
+    cache = attention.empty_kv_cache((2, 1, 16, 8), 2, jnp.float32)
     with pytest.raises(ValueError, match="'nope': choose from"):
-        attention.plan(None, None, num_tokens=1, implementation="nope")
+        attention.plan(batch, cache, num_tokens=1, implementation="nope")
