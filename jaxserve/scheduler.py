@@ -115,11 +115,14 @@ class Scheduler:
         self, schedule: Schedule, sampled: dict[int, list[tuple[int, int]]]
     ) -> list[RequestUpdate]:
         """Takes in a step's result: by row, the tokens it drew and what became of it with each."""
-        return [
-            self._take(chunk.live, sampled[chunk.live.row][: chunk.num_samples])
-            for chunk in schedule.chunks
-            if chunk.num_samples and not chunk.is_stale
-        ]
+        updates = []
+        for chunk in schedule.chunks:
+            if chunk.num_samples and not chunk.is_stale:
+                drawn = sampled[chunk.live.row][: chunk.num_samples]
+                if chunk.tokens and drawn[0][1] != NOT_FINITE:
+                    self._share_prefix(chunk.live)
+                updates.append(self._take(chunk.live, drawn))
+        return updates
 
     def retract_all(self) -> None:
         """After a failed step: nothing on the device is to be trusted any more."""
@@ -244,9 +247,6 @@ class Scheduler:
         if not self.running or missing + self._pages_for(expected) <= self._num_available:
             self._evict_for(missing)
             fresh = self.allocator.allocate(missing)
-        if match.donor is not None:
-            # Its copy is dispatched with this very step, before anything could overwrite it.
-            self.cache.unlock(match.donor)
         if fresh is None:
             if self.cache is not None:
                 self.cache.unlock(match.node)
@@ -267,15 +267,13 @@ class Scheduler:
             live.tokens, namespace=live.request.namespace, most=len(live.tokens) - 1
         )
         self.cache.lock(match.node)
-        if match.donor is not None:
-            self.cache.lock(match.donor)
         return match
 
     def _share_prefix(self, live: LiveRequest) -> None:
-        """Lets others use the full pages of a prompt as soon as it is computed."""
+        """Lets others use the full pages of a prompt as soon as it is known to be sound."""
         if self.cache is None:
             return
-        num_full = live.num_computed // self._page_size
+        num_full = live.prefill_len // self._page_size
         if num_full == live.num_shared:
             return
         shared = self.cache.insert(
@@ -304,7 +302,6 @@ class Scheduler:
             if live.is_decoding:  # with this chunk the prompt is complete
                 num_samples = 1
                 live.num_inflight += 1
-                self._share_prefix(live)
             chunks.append(Chunk(live, live.epoch, tokens, num_samples))
         return chunks
 

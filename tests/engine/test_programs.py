@@ -112,11 +112,6 @@ def execute(runner: Runner, plan: StepPlan) -> list[list[list[int]]]:
     return runner.read(runner.dispatch(plan)).tolist()
 
 
-def start(runner: Runner, *lines: np.ndarray) -> None:
-    """Computes the same prompt in all the rows."""
-    execute(runner, extend({int(one[0]): PROMPT[: 4 + i] for i, one in enumerate(lines)}))
-
-
 def column(runner: Runner, name: str, row: int) -> list[int]:
     return np.asarray(getattr(runner._state, name)[row]).tolist()
 
@@ -275,6 +270,18 @@ def test_scores_that_are_not_finite_end_a_row_and_no_other(runner):
     runner._state = dataclasses.replace(runner._state, kv=dataclasses.replace(cache, v=pages))
     out = execute(runner, decode())
     assert [finish for _, finish in out[0][:2]] == [NOT_FINITE, RUNNING]
+
+
+def test_pages_that_held_what_is_not_finite_can_be_used_again(runner):
+    alone = run_greedy(runner, 3)
+    runner.reset()
+    cache = runner._state.kv
+    k, v = (jnp.full_like(pages, jnp.nan) for pages in (cache.k, cache.v))
+    runner._state = dataclasses.replace(runner._state, kv=dataclasses.replace(cache, k=k, v=v))
+    out = execute(runner, extend({0: PROMPT}, patch(line(0), batch=[0])))
+    assert [out[0][0], *(execute(runner, decode())[0][0] for _ in range(2))] == [
+        [token, RUNNING] for token in alone
+    ]
 
 
 def test_trash_row_never_runs(runner):
