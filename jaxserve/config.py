@@ -94,6 +94,32 @@ class EngineConfig:
         help="most prompt tokens in a step; longer prompts take several "
         "(default: 512 on a CPU, 8192 elsewhere)",
     )
+    max_prefill_tokens: int = option(
+        16384, group=MEMORY, help="most prompt tokens of all requests in a step"
+    )
+    schedule_policy: str = option(
+        "fcfs",
+        group=MEMORY,
+        choices=("fcfs", "lpm"),
+        help="who is admitted first: fcfs who came first, lpm who has the longest cached prefix",
+    )
+    schedule_conservativeness: float = option(
+        1.0,
+        group=MEMORY,
+        help="above 1 fewer requests run at once and fewer are retracted, below 1 more",
+    )
+    enable_priority_scheduling: bool = option(
+        False, group=MEMORY, help="admit requests of a higher `priority` first"
+    )
+    max_queued_requests: int | None = option(
+        None, group=MEMORY, help="requests that may wait, beyond it 503 (default: no limit)"
+    )
+    num_continuous_decode_steps: int = option(
+        1, group=MEMORY, help="decode steps in one dispatch; more cost less host time per token"
+    )
+    disable_radix_cache: bool = option(
+        False, group=MEMORY, help="compute every prompt anew: no prefix cache"
+    )
     compilation_cache_dir: str | None = option(
         None,
         group=MEMORY,
@@ -157,6 +183,10 @@ _RANGES = (
     ("max_total_tokens", 1, _MOST),
     ("max_running_requests", 1, 4096),
     ("chunked_prefill_size", 1, 1 << 20),
+    ("max_prefill_tokens", 1, _MOST),
+    ("schedule_conservativeness", 0.01, 100.0),
+    ("max_queued_requests", 0, _MOST),
+    ("num_continuous_decode_steps", 1, 64),
     ("stream_interval", 1, _MOST),
     ("decode_log_interval", 1, _MOST),
     ("random_seed", 0, 2**63 - 1),

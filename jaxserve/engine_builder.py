@@ -18,6 +18,7 @@ from jaxserve.model_loader import ModelFiles, num_bytes
 from jaxserve.models.registry import create_model
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.plan_builder import PlanBuilder
+from jaxserve.radix_cache import RadixCache
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
 from jaxserve.state import StateShape
@@ -39,7 +40,9 @@ class Sizes:
     def of(cls, config: EngineConfig, is_cpu: bool) -> "Sizes":
         return cls(
             max_rows=config.max_running_requests or (16 if is_cpu else 256),
-            max_prefill_tokens=config.chunked_prefill_size or (512 if is_cpu else 8192),
+            max_prefill_tokens=min(
+                config.chunked_prefill_size or (512 if is_cpu else 8192), config.max_prefill_tokens
+            ),
             # A CPU compiles slowly, and padding costs its attention nothing: fewer buckets.
             bucket_growth=4 if is_cpu else 2,
         )
@@ -70,12 +73,18 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
     model = files.load(config.load_format, config.random_seed or 0)
     buckets = Buckets.make(sizes.max_rows, sizes.max_prefill_tokens, sizes.bucket_growth)
     width = pages_per_row(files.config.context_length, config.page_size)
-    runner = _build_runner(model, files, memory, sizes, buckets, width)
+    runner = _build_runner(model, config, files, memory, sizes, buckets)
+    allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
-        PageAllocator(memory.num_pages),
+        allocator,
+        None if config.disable_radix_cache else RadixCache(config.page_size, allocator),
         page_size=config.page_size,
         max_rows=sizes.max_rows,
         max_prefill_tokens=sizes.max_prefill_tokens,
+        num_decode_steps=config.num_continuous_decode_steps,
+        policy=config.schedule_policy,
+        max_waiting=config.max_queued_requests,
+        conservativeness=config.schedule_conservativeness,
     )
     logger.info(
         "max_total_num_tokens=%d, chunked_prefill_size=%d, max_running_requests=%d, context_len=%d",
@@ -110,11 +119,17 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
 
 
 def _build_runner(
-    model, files: ModelFiles, memory: MemoryPlan, sizes: Sizes, buckets: Buckets, width: int
+    model,
+    config: EngineConfig,
+    files: ModelFiles,
+    memory: MemoryPlan,
+    sizes: Sizes,
+    buckets: Buckets,
 ) -> Runner:
     shape = StateShape(
         max_rows=sizes.max_rows,
-        pages_per_row=width,
+        pages_per_row=pages_per_row(files.config.context_length, memory.page_size),
+        max_steps=config.num_continuous_decode_steps,
         num_layers=files.config.num_layers,
         num_pages=memory.num_pages,
         page_size=memory.page_size,

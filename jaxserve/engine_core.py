@@ -3,10 +3,13 @@
 `engine_builder` makes one from a configuration.
 """
 
+import collections
 import logging
 from collections.abc import Callable
 from typing import Any
 
+from jaxserve.errors import RequestError
+from jaxserve.live_request import Schedule
 from jaxserve.messages import (
     AbortRequest,
     AddRequest,
@@ -25,6 +28,8 @@ from jaxserve.stop_checker import StopChecker
 from jaxserve.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+RUN_AHEAD = 1  # steps that are dispatched before the one before them is read
+MOST_FAILURES = 3
 
 
 class EngineCore:
@@ -44,10 +49,12 @@ class EngineCore:
         self.tokenizer = tokenizer
         self._plan_builder, self._runner, self._log = plan_builder, runner, log
         self._eos_token_ids = frozenset(info.eos_token_ids)
+        self._inflight: collections.deque[tuple[Schedule, Any]] = collections.deque()
+        self._num_failures = 0  # in a row
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self._inflight) or not self.scheduler.is_idle
 
     def handle(self, message: ToEngine) -> list[Reply | StepOutput]:
         """Takes in one message; an unknown or impossible one is answered, never raised."""
@@ -59,26 +66,59 @@ class EngineCore:
         return [self._call(message)]
 
     def step(self) -> StepOutput | None:
-        """Runs one step; None where there is nothing to do."""
+        """Dispatches a step, then reads the one before: the device is never kept waiting. Returns
+        the news, None where there is nothing to do."""
+        try:
+            is_dispatched = self._dispatch()
+            if not self._inflight:
+                return None
+            if is_dispatched and len(self._inflight) <= RUN_AHEAD:
+                return StepOutput([])
+            updates = self._read()
+        except Exception:
+            self._recover()
+            return StepOutput([])
+        self._num_failures = 0
+        return StepOutput(updates)
+
+    def _dispatch(self) -> bool:
         schedule = self.scheduler.schedule()
         if schedule is None:
-            return None
+            return False
         self._log.before(schedule)
-        out = self._runner.execute(self._plan_builder.build(schedule))
+        fresh = self._runner.dispatch(self._plan_builder.build(schedule))
+        self._inflight.append((schedule, fresh))
+        return True
+
+    def _read(self) -> list[RequestUpdate]:
+        schedule, fresh = self._inflight.popleft()
+        out = self._runner.read(fresh).tolist()  # by step and row: token, what became of the row
         sampled = {
-            chunk.running.row: int(token) if is_finite else None
+            chunk.live.row: [tuple(step[chunk.live.row]) for step in out[: schedule.num_steps]]
             for chunk in schedule.chunks
-            for token, is_finite in [out[chunk.running.row]]
+            if not chunk.is_stale
         }
-        return StepOutput(self.scheduler.update(schedule, sampled))
+        return self.scheduler.update(schedule, sampled)
+
+    def _recover(self) -> None:
+        """A failed step takes the donated state with it: everybody is computed anew, and no
+        request is lost. Raises what happened where it happens again and again."""
+        self._num_failures += 1
+        if self._num_failures >= MOST_FAILURES:
+            raise
+        logger.exception("a step failed; every request is computed anew")
+        self._inflight.clear()
+        self.scheduler.retract_all()
+        self._plan_builder.reset()
+        self._runner.reset()
 
     def _add(self, request: Request) -> list[StepOutput]:
         try:
             self.scheduler.add(request, StopChecker(request, self._eos_token_ids, self.tokenizer))
         except ValueError as error:
-            reason = FinishReason(
-                "abort", message=str(error), status_code=400, err_type="BadRequestError"
-            )
+            status = error.status if isinstance(error, RequestError) else 400
+            kind = "BadRequestError" if status < 500 else "ServiceUnavailableError"
+            reason = FinishReason("abort", message=str(error), status_code=status, err_type=kind)
             return [StepOutput([RequestUpdate(request.rid, [], reason)])]
         return []
 
@@ -97,8 +137,7 @@ class EngineCore:
             return Reply(call.call_id, error=f"{type(error).__name__}: {error}")
 
     def _flush_cache(self) -> bool:
-        """Nothing is cached beyond running requests yet, so idleness is all there is to check."""
-        if self.has_work:
+        if not self.scheduler.flush():
             logger.info(
                 "Cache not flushed because there are pending requests. "
                 "#queue-req: %d, #running-req: %d",
@@ -106,7 +145,6 @@ class EngineCore:
                 len(self.scheduler.running),
             )
             return False
-        self.scheduler.check_integrity()
         logger.info("Cache flushed successfully!")
         return True
 
@@ -116,7 +154,8 @@ class EngineCore:
             "last_gen_throughput": self._log.last_gen_throughput,
             "num_running_reqs": len(scheduler.running),
             "num_queue_reqs": len(scheduler.waiting),
-            "num_used_tokens": scheduler.num_cached_tokens,
+            "num_used_tokens": scheduler.num_tokens_in_rows,
+            "num_retractions": scheduler.num_retractions,
             "token_usage": self._log.token_usage,
             "effective_max_running_requests_per_dp": scheduler.max_rows,
             "memory_usage": {

@@ -10,5 +10,12 @@ class RequestError(ValueError):
         self.status = status
 
 
+class QueueFull(RequestError):
+    """Too many requests are waiting; a later try may succeed."""
+
+    def __init__(self):
+        super().__init__("The request queue is full.", status=503)
+
+
 class EngineDied(RuntimeError):
     """The engine is gone; no request will be answered any more."""

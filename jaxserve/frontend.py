@@ -74,6 +74,7 @@ class Frontend:
                 self.tokenizer,
                 self.info,
                 allow_auto_truncate=self.config.allow_auto_truncate,
+                use_priority=self.config.enable_priority_scheduling,
                 default_seed=self.config.random_seed,
             )
             for item in parsed.items

@@ -45,6 +45,8 @@ class Item:
     input_ids: list[int] | None
     sampling: SamplingParams
     asked_tokens: int | None = None  # max_new_tokens where the request itself names it
+    priority: int = 0
+    namespace: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,7 @@ class GenerateRequest:
             )
         parameters = _spread(body.get("sampling_params"), count, is_batch)
         rids = _rids(body.get("rid"), count, is_batch)
+        priority, namespace = _priority(body), _namespace(body)
         items = []
         for rid, text, prompt_ids, given in zip(rids, texts, ids, parameters, strict=True):
             given = {} if given is None else given
@@ -89,7 +92,7 @@ class GenerateRequest:
                 given = {**preferred, **given}
             sampling = SamplingParams.parse(given)
             asked = given.get("max_new_tokens")
-            items.append(Item(rid, text, prompt_ids, sampling, asked))
+            items.append(Item(rid, text, prompt_ids, sampling, asked, priority, namespace))
         return cls(
             items=items,
             is_batch=is_batch,
@@ -104,6 +107,7 @@ def make_request(
     info: EngineInfo,
     *,
     allow_auto_truncate: bool = False,
+    use_priority: bool = False,
     default_seed: int | None = None,
 ) -> Request:
     """Tokenizes an item and checks it against the engine's limits.
@@ -134,6 +138,8 @@ def make_request(
         prompt_ids=ids,
         sampling=sampling,
         max_new_tokens=max(min(wanted, room), 0),
+        priority=item.priority if use_priority else 0,
+        namespace=item.namespace,
         seed=secrets.randbits(64) if seed is None else seed % 2**64,
     )
 
@@ -235,6 +241,26 @@ def _rids(given: Any, count: int, is_batch: bool) -> list[str]:
                 f"a rid must have 1 to {MOST_RID_BYTES} bytes, all printable", param="rid"
             )
     return given
+
+
+def _priority(body: Mapping[str, Any]) -> int:
+    value = body.get("priority")
+    if value is not None and (type(value) is not int or abs(value) >= 2**31):
+        raise RequestError(f"priority must be a 32-bit integer, got {value!r}", param="priority")
+    return value or 0
+
+
+def _namespace(body: Mapping[str, Any]) -> str:
+    """Requests with another `extra_key` or `cache_salt` share nothing that is cached."""
+    parts = []
+    for name in ("extra_key", "cache_salt"):
+        value = body.get(name) or ""
+        if not isinstance(value, str) or len(value.encode(errors="replace")) > MOST_RID_BYTES:
+            raise RequestError(
+                f"{name} must be a string of at most {MOST_RID_BYTES} bytes", param=name
+            )
+        parts.append(value)
+    return "\0".join(parts)
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:

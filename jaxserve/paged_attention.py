@@ -2,13 +2,12 @@
 
 import dataclasses
 import typing
-from typing import Any
 
 import jax
 from jaxtyping import Array, Int32
 
 from pallas_kernels import attention
-from pallas_kernels.attention import KVCache, RaggedBatch
+from pallas_kernels.attention import KVCache, Plan, RaggedBatch
 
 
 @typing.no_type_check  # a pytree: its leaves are not always arrays
@@ -17,11 +16,24 @@ from pallas_kernels.attention import KVCache, RaggedBatch
 class PagedAttention:
     cache: KVCache
     slot_mapping: Int32[Array, " T"]
-    plan: Any  # of the attention op, for this step's batch
+    plan: Plan
 
     @classmethod
-    def of(cls, cache: KVCache, slot_mapping: Int32[Array, " T"], batch: RaggedBatch):
-        return cls(cache, slot_mapping, attention.plan(batch, len(slot_mapping)))
+    def of(
+        cls,
+        cache: KVCache,
+        slot_mapping: Int32[Array, " T"],
+        batch: RaggedBatch,
+        *,
+        implementation: str | None = None,
+    ):
+        plan = attention.plan(
+            batch,
+            cache,
+            num_tokens=len(slot_mapping),
+            implementation=implementation,
+        )
+        return cls(cache, slot_mapping, plan)
 
     def __call__(self, layer, q, k, v, *, window=None):
         cache = attention.write_kv(self.cache, layer, k, v, self.slot_mapping)

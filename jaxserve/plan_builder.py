@@ -4,61 +4,117 @@ import itertools
 
 import numpy as np
 
-from jaxserve.buckets import Buckets
-from jaxserve.scheduler import Schedule
+from jaxserve.buckets import Buckets, smallest
+from jaxserve.live_request import LiveRequest, PageCopy, Schedule
 from jaxserve.step_plan import (
+    KEEP,
     LAST_TOKEN,
+    NUM_STOP_IDS,
     PATCH_HEADER,
+    RUNNING,
+    SAMPLING_START,
+    STOPPED,
+    Sampler,
     StepPlan,
-    pack_patch_row,
     pack_sampling,
 )
 
 
 class PlanBuilder:
+    """Remembers what the device already knows, so that a plan says only what changes."""
+
     def __init__(self, buckets: Buckets, *, max_rows: int, pages_per_row: int):
         self._buckets = buckets
-        self._trash_row = max_rows
-        self._patch_width = PATCH_HEADER + pages_per_row
+        self._max_rows = max_rows
+        self._width = PATCH_HEADER + pages_per_row
         self._steps = itertools.count()
+        self._batch: list[int] = []  # the rows of the last decode step
 
     def build(self, schedule: Schedule) -> StepPlan:
-        chunks = schedule.chunks
-        tokens = [token for c in chunks for token in (c.tokens or [LAST_TOKEN])]
-        num_tokens, num_rows = self._buckets.fit(len(tokens), len(chunks))
-
-        forward = np.zeros(2 * num_rows + num_tokens, np.int32)
-        rows, lengths, ids = np.split(forward, [num_rows, 2 * num_rows])
-        rows[:] = self._trash_row
-        rows[: len(chunks)] = [c.running.row for c in chunks]
-        lengths[: len(chunks)] = [max(len(c.tokens), 1) for c in chunks]
-        ids[: len(tokens)] = tokens
-
-        sample_rows = np.full(num_rows, self._trash_row, np.int32)
-        sample_rows[: len(chunks)] = [
-            c.running.row if c.samples else self._trash_row for c in chunks
-        ]
-        greedy = all(c.running.request.sampling.is_greedy for c in chunks)
+        rows = [chunk.live.row for chunk in schedule.chunks]
+        is_greedy = all(chunk.live.request.sampling.is_greedy for chunk in schedule.chunks)
+        sampler: Sampler = "greedy" if is_greedy else "plain"
+        if schedule.is_decode:
+            num_rows = smallest(self._buckets.decode_rows, len(rows))
+            is_new_batch, self._batch = rows != self._batch, rows
+            return StepPlan(
+                step=next(self._steps),
+                kind="decode",
+                num_tokens=num_rows,
+                num_rows=num_rows,
+                num_steps=schedule.num_steps,
+                sampler=sampler,
+                patch=self._pack_patch(schedule, is_new_batch),
+                copies=self._pack_copies(schedule.copies),
+            )
+        num_tokens = sum(max(len(chunk.tokens), 1) for chunk in schedule.chunks)
+        num_tokens, num_rows = self._buckets.fit(num_tokens, len(rows))
         return StepPlan(
             step=next(self._steps),
+            kind="extend",
             num_tokens=num_tokens,
             num_rows=num_rows,
-            sampler="greedy" if greedy else "plain",
-            forward=forward.tobytes(),
-            sample_rows=sample_rows.tobytes(),
-            patch=self._patch(schedule),
+            num_steps=1,
+            sampler=sampler,
+            forward=self._pack_forward(schedule, num_tokens, num_rows),
+            patch=self._pack_patch(schedule, is_new_batch=False),
+            copies=self._pack_copies(schedule.copies),
         )
 
-    def _patch(self, schedule: Schedule) -> bytes:
-        """The rows of newly admitted requests; padding lines rewrite the trash row with zeros."""
-        if not schedule.admitted:
+    def reset(self) -> None:
+        """The device knows nothing any more."""
+        self._batch = []
+
+    def _pack_forward(self, schedule: Schedule, num_tokens: int, num_rows: int) -> bytes:
+        packed = np.zeros(3 * num_rows + num_tokens, np.int32)
+        rows, lengths, samples, ids = np.split(packed, [num_rows, 2 * num_rows, 3 * num_rows])
+        rows[:] = self._max_rows
+        count = len(schedule.chunks)
+        rows[:count] = [chunk.live.row for chunk in schedule.chunks]
+        lengths[:count] = [max(len(chunk.tokens), 1) for chunk in schedule.chunks]
+        samples[:count] = [chunk.num_samples > 0 for chunk in schedule.chunks]
+        tokens = [token for chunk in schedule.chunks for token in (chunk.tokens or [LAST_TOKEN])]
+        ids[: len(tokens)] = tokens
+        return packed.tobytes()
+
+    def _pack_patch(self, schedule: Schedule, is_new_batch: bool) -> bytes:
+        changed = len(schedule.new_rows) + len(schedule.changed_rows)
+        if not changed and not is_new_batch:
             return b""
-        padded = next(p for p in self._buckets.patch_rows if p >= len(schedule.admitted))
-        lines = np.zeros((padded, self._patch_width), np.int32)
-        lines[:, 0] = self._trash_row
-        for line, running in zip(lines, schedule.admitted, strict=False):
-            sampling = pack_sampling(running.request)
-            line[:] = pack_patch_row(
-                running.row, running.num_computed, sampling, running.pages, self._patch_width
-            )
-        return lines.tobytes()
+        num_lines = smallest(self._buckets.patch_lines, changed)
+        packed = np.full(num_lines * self._width + self._max_rows, self._max_rows, np.int32)
+        lines = packed[: -self._max_rows].reshape(num_lines, self._width)
+        lines[changed:] = self._trash_line()
+        for line, live in zip(lines, schedule.new_rows, strict=False):
+            self._pack_line(line, live)
+            line[1:4] = live.num_matched, KEEP, RUNNING
+        for line, live in zip(lines[len(schedule.new_rows) :], schedule.changed_rows, strict=False):
+            self._pack_line(line, live)
+            line[1:4] = KEEP
+        packed[-self._max_rows :][: len(self._batch)] = self._batch
+        return packed.tobytes()
+
+    def _pack_line(self, line: np.ndarray, live: LiveRequest) -> None:
+        request = live.request
+        stop_ids = live.stop_checker.stop_ids[:NUM_STOP_IDS]
+        line[:] = 0
+        line[0] = live.row
+        line[4] = len(request.prompt_ids) + request.max_new_tokens - 1
+        line[5:SAMPLING_START] = -1
+        line[5 : 5 + len(stop_ids)] = stop_ids
+        line[SAMPLING_START:PATCH_HEADER] = pack_sampling(request)
+        line[PATCH_HEADER : PATCH_HEADER + len(live.pages)] = live.pages
+
+    def _trash_line(self) -> np.ndarray:
+        line = np.zeros(self._width, np.int32)
+        line[0], line[3] = self._max_rows, STOPPED
+        line[5:SAMPLING_START] = -1
+        return line
+
+    def _pack_copies(self, copies: list[PageCopy]) -> bytes:
+        """Padding copies nothing of the trash page to the trash page."""
+        if not copies:
+            return b""
+        packed = np.zeros((smallest(self._buckets.copies, len(copies)), 3), np.int32)
+        packed[: len(copies)] = [(copy.source, copy.target, copy.num_tokens) for copy in copies]
+        return packed.tobytes()

@@ -15,6 +15,8 @@ class Request(msgspec.Struct, frozen=True):
     sampling: SamplingParams
     max_new_tokens: int  # clipped to what the context leaves
     seed: int  # 64 bits
+    priority: int = 0  # higher goes first
+    namespace: str = ""  # requests of different ones share nothing that is cached
 
 
 class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):

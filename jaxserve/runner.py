@@ -3,7 +3,6 @@
 import concurrent.futures
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,8 @@ from flax import nnx
 
 from jaxserve import programs
 from jaxserve.buckets import Buckets
-from jaxserve.state import StateShape
-from jaxserve.step_plan import PATCH_HEADER, StepPlan
+from jaxserve.state import State, StateShape
+from jaxserve.step_plan import PATCH_HEADER, StepPlan, ints
 
 SAMPLERS = ("greedy", "plain")
 COMPILERS = 4  # threads; XLA compiles outside the GIL
@@ -31,62 +30,92 @@ class Runner:
         on_compiled: Callable[[int, int], None] = lambda done, total: None,
     ):
         """Compiles every bucket; calls `on_compiled(done, total)` after each."""
-        self._pages_per_row = shape.pages_per_row
-        self._weights, treedef = jax.tree.flatten(params)
+        leaves, treedef = jax.tree.flatten(params)
+        self._weights = tuple(leaves)
+        self._shape = shape
+        self._patch_width = PATCH_HEADER + shape.pages_per_row
         self._state = shape.create()
-        self._programs = _compile_all(
-            functools.partial(_merge, graphdef, treedef),
-            tuple(self._weights),
-            self._state,
-            buckets,
-            on_compiled,
-        )
-        self._weights = tuple(self._weights)
+        merge = functools.partial(_merge, graphdef, treedef)
+        jobs = _jobs(merge, self._weights, self._state, buckets, self._patch_width)
+        self._programs = _compile_all(jobs, on_compiled)
 
-    def execute(self, plan: StepPlan) -> np.ndarray:
-        """Runs one step and returns `State.out`, i32[R + 1, C], as it is after it."""
-        upload = plan.patch_array(self._pages_per_row)
+    def reset(self) -> None:
+        """A state without requests, after a step has failed and taken the donated one with it."""
+        self._state = self._shape.create()
+
+    def dispatch(self, plan: StepPlan) -> jax.Array:
+        """Enqueues one step; `read` waits for what it returns."""
+        if plan.patch:
+            upload = ints(plan.patch)
+            num_lines = (len(upload) - self._shape.max_rows) // self._patch_width
+            self._run("patch", num_lines, upload=upload)
+        if plan.copies:
+            upload = ints(plan.copies).reshape(-1, 3)
+            self._run("copy_pages", len(upload), upload=upload)
+        if plan.kind == "extend":
+            self._run("extend", plan.num_tokens, plan.num_rows, True, upload=ints(plan.forward))
+            self._run("sample", plan.sampler, plan.num_rows, True)
+        else:
+            self._run("decode", plan.sampler, plan.num_rows, plan.num_steps, True)
+        fresh = self._programs["peek",](self._state.out)
+        fresh.copy_to_host_async()
+        return fresh
+
+    def read(self, fresh: jax.Array) -> np.ndarray:
+        """`State.out` as it was after the step, i32[K, R + 1, C]."""
+        return np.asarray(fresh)
+
+    def _run(self, *key, upload: np.ndarray | None = None) -> None:
+        """Runs a program on the state; a last True in the key says that it wants the weights."""
+        needs_weights = key[-1] is True
+        arguments = (self._weights, self._state) if needs_weights else (self._state,)
         if upload is not None:
-            self._state = self._programs["patch", len(upload)](self._state, jax.device_put(upload))
-        self._state = self._programs["forward", plan.num_tokens, plan.num_rows](
-            self._weights, self._state, jax.device_put(plan.forward_array())
-        )
-        self._state = self._programs["sample", plan.sampler, plan.num_rows](
-            self._weights, self._state, jax.device_put(plan.sample_rows_array())
-        )
-        return np.asarray(self._programs["peek",](self._state.out))
+            arguments = (*arguments, jax.device_put(upload))
+        self._state = self._programs[key](*arguments)
 
 
 def _merge(graphdef, treedef, weights: tuple[jax.Array, ...]):
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
 
 
-def _compile_all(merge, weights, state, buckets: Buckets, on_compiled) -> dict[tuple, Any]:
-    """Every program by its key, compiled in parallel."""
+def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> dict[tuple, tuple]:
+    """Every program by its key: (function, arguments, donated argument)."""
 
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    def upload(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    forward = functools.partial(programs.forward, merge)
-    sample = functools.partial(programs.sample, merge)
-    patch_width = PATCH_HEADER + state.page_table.shape[1]
-    jobs: dict[tuple, tuple[Callable, tuple, tuple]] = {
-        ("peek",): (programs.peek, (state.out,), ()),
-    }
-    for rows in buckets.patch_rows:
-        jobs["patch", rows] = (programs.patch, (state, ints(rows, patch_width)), (0,))
-    for num_tokens, num_rows in buckets.forward_shapes():
-        upload = ints(2 * num_rows + num_tokens)
-        function = functools.partial(forward, num_tokens, num_rows)
-        jobs["forward", num_tokens, num_rows] = (function, (weights, state, upload), (1,))
+    partial = functools.partial
+    model = merge, None  # None: the best attention for the device
+    jobs: dict[tuple, tuple] = {("peek",): (programs.peek, (state.out,), ())}
+    for lines in buckets.patch_lines:
+        size = lines * patch_width + len(state.batch)
+        jobs["patch", lines] = (partial(programs.patch, lines), (state, upload(size)), (0,))
+    for count in buckets.copies:
+        jobs["copy_pages", count] = (programs.copy_pages, (state, upload(count, 3)), (0,))
+    for tokens, rows in buckets.extend_shapes():
+        function = partial(programs.extend, *model, tokens, rows)
+        arguments = (weights, state, upload(3 * rows + tokens))
+        jobs["extend", tokens, rows, True] = (function, arguments, (1,))
     for sampler in SAMPLERS:
-        for rows in buckets.sample_rows():
-            function = functools.partial(sample, sampler)
-            jobs["sample", sampler, rows] = (function, (weights, state, ints(rows)), (1,))
+        for rows in buckets.extend_rows:
+            function = partial(programs.sample, merge, sampler, rows)
+            jobs["sample", sampler, rows, True] = (function, (weights, state), (1,))
+        for rows in buckets.decode_rows:
+            for steps in sorted({1, len(state.out)}):
+                function = partial(programs.decode, *model, sampler, rows, steps)
+                jobs["decode", sampler, rows, steps, True] = (function, (weights, state), (1,))
+    return jobs
+
+
+def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], None]):
+    """Every program, compiled in parallel."""
 
     def compile_one(job):
         function, arguments, donated = job
-        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        # A leaf that a program replaces unread is kept as its argument: left out, its buffer would
+        # go to another leaf of its shape, addresses would change, and graphs be patched.
+        jitted = jax.jit(function, donate_argnums=donated, keep_unused=True)
+        return jitted.lower(*arguments).compile()
 
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
         futures = {key: pool.submit(compile_one, job) for key, job in jobs.items()}

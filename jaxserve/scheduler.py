@@ -1,170 +1,398 @@
-"""Which requests run in the next step: first come, first served, in plain Python.
+"""Which requests run in the next step, in plain Python.
 
-A request is admitted when a row is free and the pool holds all pages that it can ever need, so a
-running request never waits for memory. Prompts longer than a chunk are computed over several
-steps, and decoding rows go on in those same steps.
+Prompts are computed in chunks, in the same steps in which other requests decode. A request is
+admitted when the pool holds its prompt and what the running ones are expected to need. Where that
+was too hopeful, the youngest is retracted: it goes back to waiting, and is computed again. The
+oldest is never retracted, so that somebody always gets on.
 """
 
-import dataclasses
-from collections import deque
+import itertools
+from typing import Literal
 
+from jaxserve.admission import OutputEstimate
+from jaxserve.errors import QueueFull
+from jaxserve.live_request import Chunk, LiveRequest, PageCopy, Schedule
 from jaxserve.page_allocator import PageAllocator
+from jaxserve.radix_cache import Match, RadixCache
 from jaxserve.request import FinishReason, Request, RequestUpdate
+from jaxserve.step_plan import NOT_FINITE
 from jaxserve.stop_checker import StopChecker
 
+LOOKAHEAD = 32  # tokens: rows get pages for so many at once, so that they rarely need any
+MOST_MATCHED_WAITING = 128  # beyond so many, lpm does not look prefixes up
 
-@dataclasses.dataclass(eq=False)
-class RunningRequest:
-    """A request, and the row and pages it holds once it is admitted."""
-
-    request: Request
-    stop_checker: StopChecker
-    row: int = -1
-    pages: list[int] = dataclasses.field(default_factory=list)
-    num_computed: int = 0  # prompt tokens in the cache
-    num_output: int = 0
-
-    @property
-    def num_prompt_left(self) -> int:
-        return len(self.request.prompt_ids) - self.num_computed
-
-    @property
-    def is_decoding(self) -> bool:
-        return self.num_prompt_left == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """The part of one request that a step computes: prompt tokens, or one decode token."""
-
-    running: RunningRequest
-    tokens: list[int]  # empty for the last sampled token
-    samples: bool  # the step gives this request its next token
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """One step: its admitted requests and its chunks, decode rows first."""
-
-    admitted: list[RunningRequest]
-    chunks: list[Chunk]
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks)
+Policy = Literal["fcfs", "lpm"]
 
 
 class Scheduler:
     def __init__(
-        self, allocator: PageAllocator, *, page_size: int, max_rows: int, max_prefill_tokens: int
+        self,
+        allocator: PageAllocator,
+        cache: RadixCache | None,
+        *,
+        page_size: int,
+        max_rows: int,
+        max_prefill_tokens: int,
+        num_decode_steps: int = 1,
+        policy: Policy = "fcfs",
+        max_waiting: int | None = None,
+        conservativeness: float = 1.0,
     ):
-        self.allocator = allocator
-        self._page_size = page_size
-        self._max_prefill_tokens = max_prefill_tokens
-        self._free_rows = list(range(max_rows - 1, -1, -1))
+        """Without a cache, no request uses what another has computed.
+
+        Args:
+          num_decode_steps: in one dispatch, while no prompt is being computed.
+          max_waiting: requests beyond which new ones are refused.
+        """
+        self.allocator, self.cache = allocator, cache
         self.max_rows = max_rows
-        self.waiting: deque[RunningRequest] = deque()
-        self.running: dict[str, RunningRequest] = {}  # by rid, in order of admission
+        self.waiting: list[LiveRequest] = []
+        self.running: list[LiveRequest] = []  # in order of admission
+        self.num_retractions = 0
+        self._page_size, self._max_prefill_tokens = page_size, max_prefill_tokens
+        self._num_decode_steps, self._policy = num_decode_steps, policy
+        self._max_waiting = max_waiting
+        self._estimate = OutputEstimate(conservativeness)
+        self._free_rows = list(range(max_rows - 1, -1, -1))
+        self._by_rid: dict[str, LiveRequest] = {}
+        self._changed: dict[LiveRequest, None] = {}  # with other pages than the device knows
+        self._arrivals = itertools.count()
+
+    # What callers ask for.
 
     def add(self, request: Request, stop_checker: StopChecker) -> None:
-        """Raises ValueError where the pool could never hold the request, or its id is taken."""
-        if self._pages_needed(request) > self.allocator.num_pages - 1:
+        """Raises ValueError where the pool could never hold the request, or its id is taken;
+        QueueFull where too many are waiting."""
+        if self._pages_for(self._most_tokens(request)) > self.allocator.num_pages - 1:
             raise ValueError(f"{request.rid} needs more pages than the KV cache has")
-        if request.rid in self.running or any(w.request.rid == request.rid for w in self.waiting):
+        if request.rid in self._by_rid:
             raise ValueError(f"Duplicate request ID detected: {request.rid}")
-        self.waiting.append(RunningRequest(request, stop_checker))
+        if self._max_waiting is not None and len(self.waiting) >= self._max_waiting:
+            raise QueueFull
+        live = LiveRequest(
+            request, stop_checker, next(self._arrivals), tokens=list(request.prompt_ids)
+        )
+        self._by_rid[request.rid] = live
+        self.waiting.append(live)
 
     def abort(self, rid: str) -> RequestUpdate | None:
         """Ends the request; None where it is not known, which is no error: it may have finished."""
-        if rid in self.running:
-            return self._finish(self.running[rid], [], FinishReason("abort", message="Aborted"))
-        for waiting in self.waiting:
-            if waiting.request.rid == rid:
-                self.waiting.remove(waiting)
-                reason = FinishReason("abort", message="Abort in waiting queue")
-                return RequestUpdate(rid, [], reason)
-        return None
+        live = self._by_rid.get(rid)
+        if live is None:
+            return None
+        if live.row >= 0:
+            return self._finish(live, [], FinishReason("abort", message="Aborted"))
+        self.waiting.remove(live)
+        del self._by_rid[rid]
+        reason = FinishReason("abort", message="Abort in waiting queue")
+        return self._news(live, [], reason)
 
     def schedule(self) -> Schedule | None:
-        """The next step, or None where there is nothing to do."""
-        admitted = self._admit()
-        decoding = [r for r in self.running.values() if r.is_decoding]
-        chunks = [Chunk(running, [], samples=True) for running in decoding]
-        budget = self._max_prefill_tokens
-        for running in self.running.values():
-            if running.is_decoding or not budget:
-                continue
-            start = running.num_computed
-            tokens = running.request.prompt_ids[start : start + budget]
-            budget -= len(tokens)
-            samples = len(tokens) == running.num_prompt_left
-            chunks.append(Chunk(running, tokens, samples))
-        return Schedule(admitted, chunks) if chunks else None
+        """The next step, or None where there is nothing to dispatch: what is in flight must be
+        read first, or nobody is here."""
+        self._make_room()
+        admitted, copies = self._admit()
+        changed = [live for live in self._changed if live.row >= 0 and live not in admitted]
+        self._changed = {}
+        is_decode = all(live.is_decoding for live in self.running)
+        num_steps = self._num_decode_steps if is_decode else 1
+        decode = self._decode_chunks(num_steps)  # before prompts, whose last chunks sample too
+        prefill = self._prefill_chunks()
+        if not decode and not prefill:
+            return None
+        if decode:
+            self._estimate.on_decode()
+        return Schedule(
+            chunks=decode + prefill,
+            num_steps=num_steps,
+            new_rows=admitted,
+            changed_rows=changed,
+            copies=copies,
+            num_cached_tokens=sum(live.num_matched for live in admitted),
+        )
 
-    def update(self, schedule: Schedule, sampled: dict[int, int | None]) -> list[RequestUpdate]:
-        """Takes in a step's result: the token that each sampling row drew, None for a row whose
-        scores were not finite. Returns the news."""
+    def update(
+        self, schedule: Schedule, sampled: dict[int, list[tuple[int, int]]]
+    ) -> list[RequestUpdate]:
+        """Takes in a step's result: by row, the tokens it drew and what became of it with each."""
         updates = []
         for chunk in schedule.chunks:
-            running = chunk.running
-            if self.running.get(running.request.rid) is not running:
-                continue  # aborted while the step ran
-            running.num_computed += len(chunk.tokens)
-            if chunk.samples:
-                updates.append(self._take_token(running, sampled[running.row]))
+            if chunk.num_samples and not chunk.is_stale:
+                drawn = sampled[chunk.live.row][: chunk.num_samples]
+                if chunk.tokens and drawn[0][1] != NOT_FINITE:
+                    self._share_prefix(chunk.live)
+                updates.append(self._take(chunk.live, drawn))
         return updates
 
+    def retract_all(self) -> None:
+        """After a failed step: nothing on the device is to be trusted any more."""
+        for live in list(self.running):
+            self._retract(live, keep=False)
+        if self.cache is not None:
+            self.cache.reset()
+
+    def flush(self) -> bool:
+        """Empties the prefix cache; False, and nothing done, unless all is idle."""
+        if self._by_rid:
+            return False
+        if self.cache is not None:
+            self.cache.reset()
+        return True
+
     @property
-    def num_cached_tokens(self) -> int:
+    def num_tokens_in_rows(self) -> int:
         """Tokens of running requests whose keys and values are in the cache."""
-        return sum(r.num_computed + max(r.num_output - 1, 0) for r in self.running.values())
+        return sum(live.num_committed for live in self.running)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._by_rid
 
     def check_integrity(self) -> None:
         self.allocator.check_integrity()
-        held = [page for r in self.running.values() for page in r.pages]
-        assert len(set(held)) == len(held) == self.allocator.num_used, "each page has one owner"
-        rows = [r.row for r in self.running.values()] + self._free_rows
+        private = [page for live in self.running for page in live.pages[live.num_shared :]]
+        cached = 0
+        if self.cache is not None:
+            self.cache.check_integrity()
+            cached = self.cache.total_pages
+        assert len(set(private)) == len(private), "each page has one owner"
+        assert len(private) + cached == self.allocator.num_used, "no page is lost"
+        rows = [live.row for live in self.running] + self._free_rows
         assert sorted(rows) == list(range(self.max_rows)), "each row has one owner"
+        assert len(self._by_rid) == len(self.waiting) + len(self.running)
+        for live in self.running:
+            assert live.num_computed <= len(live.pages) * self._page_size
 
-    def _admit(self) -> list[RunningRequest]:
-        admitted = []
+    # Decoding.
+
+    def _make_room(self) -> None:
+        """Pages for the next tokens of every decoding row, oldest first."""
+        for live in sorted(self.running, key=lambda live: live.order):
+            if not live.is_decoding or live.num_left <= 0:
+                continue
+            while live.row >= 0 and not self._grow(live):
+                self._retract(max(self.running, key=lambda live: live.order))
+
+    def _grow(self, live: LiveRequest) -> bool:
+        """False where there are not enough pages."""
+        needed = live.num_computed + min(self._num_decode_steps, live.num_left)
+        missing = self._pages_for(needed) - len(live.pages)
+        if missing <= 0:
+            return True
+        wanted = min(needed + LOOKAHEAD, self._most_tokens(live.request))
+        # What lies ahead is taken from free pages only: nobody's cache goes for it.
+        pages = self.allocator.allocate(self._pages_for(wanted) - len(live.pages))
+        if pages is None:
+            self._evict_for(missing)
+            pages = self.allocator.allocate(missing)
+        if pages is None:
+            return False
+        live.pages += pages
+        self._changed[live] = None
+        return True
+
+    def _decode_chunks(self, num_steps: int) -> list[Chunk]:
+        chunks = []
+        for live in self.running:
+            if not live.is_decoding or live.num_left <= 0:
+                continue
+            count = min(num_steps, live.num_left)
+            live.num_computed += count
+            live.num_inflight += count
+            chunks.append(Chunk(live, live.epoch, [], count))
+        return chunks
+
+    # Prompts.
+
+    def _admit(self) -> tuple[list[LiveRequest], list[PageCopy]]:
+        admitted, copies = [], []
+        if not self.running:
+            self._estimate.on_idle()
+        self._sort_waiting()
         while self.waiting and self._free_rows:
-            head = self.waiting[0]
-            pages = self.allocator.allocate(self._pages_needed(head.request))
-            if pages is None:
+            copy = self._try_to_admit(self.waiting[0])
+            if copy is None:
                 break
-            self.waiting.popleft()
-            head.row, head.pages = self._free_rows.pop(), pages
-            self.running[head.request.rid] = head
-            admitted.append(head)
-        return admitted
+            live = self.waiting.pop(0)
+            live.row = self._free_rows.pop()
+            self.running.append(live)
+            admitted.append(live)
+            if copy.num_tokens:
+                copies.append(copy)
+        return admitted, copies
 
-    def _pages_needed(self, request: Request) -> int:
-        """For all tokens but the last, which is sampled and never computed."""
-        num_tokens = len(request.prompt_ids) + max(request.max_new_tokens - 1, 0)
-        return -(-num_tokens // self._page_size)
-
-    def _take_token(self, running: RunningRequest, token: int | None) -> RequestUpdate:
-        if token is None:
-            reason = FinishReason(
-                "abort",
-                message="the model's scores are not finite",
-                status_code=500,
-                err_type="InternalServerError",
+    def _sort_waiting(self) -> None:
+        if len(self.waiting) < 2 or not self._free_rows:
+            return
+        lpm = self._policy == "lpm" and self.cache is not None
+        if lpm and len(self.waiting) <= MOST_MATCHED_WAITING:
+            matched = {
+                id(live): self.cache.match_prefix(
+                    live.tokens, namespace=live.request.namespace
+                ).num_tokens
+                for live in self.waiting
+            }
+            self.waiting.sort(
+                key=lambda live: (-live.request.priority, -matched[id(live)], live.arrival)
             )
-            return self._finish(running, [], reason)
-        if running.request.max_new_tokens == 0:  # only its prompt was wanted
-            return self._finish(running, [], FinishReason("length", length=0))
-        running.num_output += 1
-        reason = running.stop_checker.push(token)
-        if reason is not None:
-            return self._finish(running, [token], reason)
-        return RequestUpdate(running.request.rid, [token])
+        else:
+            self.waiting.sort(key=lambda live: live.order)
+
+    def _try_to_admit(self, live: LiveRequest) -> PageCopy | None:
+        """Gives a request its pages, those of the cache among them; None where they lack."""
+        match = self._match(live)
+        missing = self._pages_for(len(live.tokens)) - len(match.pages)
+        expected = sum(self._estimate.tokens_to_come(one) for one in (*self.running, live))
+        fresh = None
+        if not self.running or missing + self._pages_for(expected) <= self._num_available:
+            self._evict_for(missing)
+            fresh = self.allocator.allocate(missing)
+        if fresh is None:
+            if self.cache is not None:
+                self.cache.unlock(match.node)
+            return None
+        live.node, live.num_shared = match.node, len(match.pages)
+        live.pages = match.pages + fresh
+        live.num_matched = live.num_computed = match.num_tokens
+        live.prefill_len = len(live.tokens)
+        if live.cached_tokens is None:
+            live.cached_tokens = match.num_tokens
+        return PageCopy(match.donor_page, fresh[0], match.donor_tokens)
+
+    def _match(self, live: LiveRequest) -> Match:
+        """What of a request is cached, locked. At least one token is left to compute."""
+        if self.cache is None:
+            return Match(node=None, pages=[], num_tokens=0)
+        match = self.cache.match_prefix(
+            live.tokens, namespace=live.request.namespace, most=len(live.tokens) - 1
+        )
+        self.cache.lock(match.node)
+        return match
+
+    def _share_prefix(self, live: LiveRequest) -> None:
+        """Lets others use the full pages of a prompt as soon as it is known to be sound."""
+        if self.cache is None:
+            return
+        num_full = live.prefill_len // self._page_size
+        if num_full == live.num_shared:
+            return
+        shared = self.cache.insert(
+            live.tokens[: num_full * self._page_size],
+            live.pages[:num_full],
+            namespace=live.request.namespace,
+            is_running=True,
+        )
+        self.cache.lock(shared.node)
+        self.cache.unlock(live.node)
+        if shared.pages != live.pages[:num_full]:
+            # Somebody was faster with the same tokens: theirs from the next step on, ours are free.
+            self._changed[live] = None
+        live.node, live.num_shared = shared.node, num_full
+        live.pages[:num_full] = shared.pages
+
+    def _prefill_chunks(self) -> list[Chunk]:
+        chunks, budget = [], self._max_prefill_tokens
+        for live in self.running:
+            if live.is_decoding or not budget:
+                continue
+            tokens = live.tokens[live.num_computed : live.num_computed + budget]
+            budget -= len(tokens)
+            live.num_computed += len(tokens)
+            num_samples = 0
+            if live.is_decoding:  # with this chunk the prompt is complete
+                num_samples = 1
+                live.num_inflight += 1
+            chunks.append(Chunk(live, live.epoch, tokens, num_samples))
+        return chunks
+
+    # The end of a request, and of a stay in a row.
+
+    def _take(self, live: LiveRequest, drawn: list[tuple[int, int]]) -> RequestUpdate:
+        live.num_inflight -= len(drawn)
+        taken: list[int] = []
+        for token, finish in drawn:
+            if finish == NOT_FINITE:
+                return self._finish(live, taken, _not_finite(), keep=False)
+            if live.request.max_new_tokens == 0:  # only its prompt was wanted
+                return self._finish(live, taken, FinishReason("length", length=0))
+            live.tokens.append(token)
+            taken.append(token)
+            reason = live.stop_checker.push(token)
+            if reason is not None:
+                return self._finish(live, taken, reason)
+        return self._news(live, taken, None)
 
     def _finish(
-        self, running: RunningRequest, token_ids: list[int], reason: FinishReason
+        self, live: LiveRequest, token_ids: list[int], reason: FinishReason, *, keep: bool = True
     ) -> RequestUpdate:
-        self.allocator.free(running.pages)
-        self._free_rows.append(running.row)
-        del self.running[running.request.rid]
-        return RequestUpdate(running.request.rid, token_ids, reason)
+        self._leave_row(live, keep=keep)
+        del self._by_rid[live.request.rid]
+        return self._news(live, token_ids, reason)
+
+    def _retract(self, live: LiveRequest, *, keep: bool = True) -> None:
+        self._leave_row(live, keep=keep)
+        live.num_retractions += 1
+        self.num_retractions += 1
+        live.num_computed = live.num_inflight = live.prefill_len = 0
+        self.waiting.insert(0, live)
+        self._estimate.on_retract(self.running)
+
+    def _leave_row(self, live: LiveRequest, *, keep: bool) -> None:
+        """The one way out of a row. What was computed goes to the cache unless `keep` is false."""
+        self.running.remove(live)
+        self._free_rows.append(live.row)
+        num_kept = live.num_shared
+        if keep and self.cache is not None:
+            num_kept = self._pages_for(live.num_committed)
+            self.cache.insert(
+                live.tokens[: live.num_committed],
+                live.pages[:num_kept],
+                namespace=live.request.namespace,
+            )
+        self.allocator.free(live.pages[num_kept:])
+        if self.cache is not None:
+            self.cache.unlock(live.node)
+        live.row, live.pages, live.node, live.num_shared = -1, [], None, 0
+        live.epoch += 1
+
+    @staticmethod
+    def _news(
+        live: LiveRequest, token_ids: list[int], reason: FinishReason | None
+    ) -> RequestUpdate:
+        return RequestUpdate(
+            live.request.rid,
+            token_ids,
+            reason,
+            cached_tokens=live.cached_tokens or 0,
+            num_retractions=live.num_retractions,
+        )
+
+    # Memory.
+
+    @property
+    def _num_available(self) -> int:
+        evictable = self.cache.evictable_pages if self.cache is not None else 0
+        return self.allocator.num_free + evictable
+
+    def _evict_for(self, count: int) -> None:
+        """Makes `count` pages free, as far as nobody needs them."""
+        missing = count - self.allocator.num_free
+        if missing > 0 and self.cache is not None:
+            self.cache.evict(missing)
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_size)
+
+    @staticmethod
+    def _most_tokens(request: Request) -> int:
+        """That are ever computed: all but the last, which is only sampled."""
+        return len(request.prompt_ids) + max(request.max_new_tokens - 1, 0)
+
+
+def _not_finite() -> FinishReason:
+    return FinishReason(
+        "abort",
+        message="the model's scores are not finite",
+        status_code=500,
+        err_type="InternalServerError",
+    )

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jaxserve.step_plan import NUM_SAMPLING
+from jaxserve.step_plan import NUM_SAMPLING, NUM_STOP_IDS, RUNNING, STOPPED
 from pallas_kernels.attention import KVCache, empty_kv_cache, kv_cache_shape
 
-OUT_COLUMNS = 2  # of `State.out`: token, 1 where the row's scores were finite
+OUT_COLUMNS = 2  # of `State.out`: token, what has become of the row
 
 
 @typing.no_type_check  # a pytree: its leaves are sometimes shapes
@@ -28,9 +28,14 @@ class State:
     page_table: Int32[Array, "R+1 M"]
     seq_len: Int32[Array, " R+1"]  # tokens in the cache
     last_token: Int32[Array, " R+1"]  # sampled, not yet in the cache
+    finish: Int32[Array, " R+1"]  # RUNNING, or why not
+    limit: Int32[Array, " R+1"]  # tokens in the cache beyond which nothing is sampled
+    stop_ids: Int32[Array, "R+1 8"]  # -1 for none
     sampling: Int32[Array, "R+1 8"]  # as `step_plan.pack_sampling` packs it
+    batch: Int32[Array, " R"]  # the rows that a decode step runs, then the trash row
+    sampling_rows: Int32[Array, " R"]  # those of an extend step that get a token, likewise
     hidden: Float[Array, "R+1 D"]  # of each row's newest token, from forward to sample
-    out: Int32[Array, "R+1 C"]  # what the host reads of a step
+    out: Int32[Array, "K R+1 C"]  # what the host reads of a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,7 @@ class StateShape:
 
     max_rows: int
     pages_per_row: int
+    max_steps: int  # K: decode steps in one dispatch
     num_layers: int
     num_pages: int
     page_size: int
@@ -56,13 +62,22 @@ class StateShape:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
         )
-        rows = self.max_rows + 1
+        rows, trash = self.max_rows + 1, self.max_rows
+
+        def zeros(*sizes: int) -> jax.Array:
+            return jnp.zeros(sizes, jnp.int32)
+
         return State(
             kv=empty_kv_cache(shape, self.num_pages, self.dtype),
-            page_table=jnp.zeros((rows, self.pages_per_row), jnp.int32),
-            seq_len=jnp.zeros(rows, jnp.int32),
-            last_token=jnp.zeros(rows, jnp.int32),
-            sampling=jnp.zeros((rows, NUM_SAMPLING), jnp.int32),
+            page_table=zeros(rows, self.pages_per_row),
+            seq_len=zeros(rows),
+            last_token=zeros(rows),
+            finish=jnp.full(rows, RUNNING, jnp.int32).at[trash].set(STOPPED),
+            limit=zeros(rows),
+            stop_ids=jnp.full((rows, NUM_STOP_IDS), -1, jnp.int32),
+            sampling=zeros(rows, NUM_SAMPLING),
+            batch=jnp.full(self.max_rows, trash, jnp.int32),
+            sampling_rows=jnp.full(self.max_rows, trash, jnp.int32),
             hidden=jnp.zeros((rows, self.hidden_size), self.dtype),
-            out=jnp.zeros((rows, OUT_COLUMNS), jnp.int32),
+            out=zeros(self.max_steps, rows, OUT_COLUMNS),
         )

@@ -4,7 +4,8 @@ decode steps. Their words are SGLang's; scripts read them."""
 import logging
 from collections.abc import Callable
 
-from jaxserve.scheduler import Schedule, Scheduler
+from jaxserve.live_request import Schedule
+from jaxserve.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -22,15 +23,16 @@ class StepLog:
         if new_tokens:
             num_new = sum(bool(chunk.tokens) for chunk in schedule.chunks)
             logger.info(
-                "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: 0, "
+                "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, "
                 "token usage: %.2f, #running-req: %d, #queue-req: %d",
                 num_new,
                 new_tokens,
+                schedule.num_cached_tokens,
                 self.token_usage,
                 len(self._scheduler.running) - num_new,
                 len(self._scheduler.waiting),
             )
-        decoded = sum(not chunk.tokens for chunk in schedule.chunks)
+        decoded = sum(chunk.num_samples for chunk in schedule.chunks if not chunk.tokens)
         if decoded:
             self._count(decoded)
 
@@ -51,7 +53,7 @@ class StepLog:
             "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, "
             "gen throughput (token/s): %.2f, #queue-req: %d",
             len(self._scheduler.running),
-            self._scheduler.num_cached_tokens,
+            self._scheduler.num_tokens_in_rows,
             self.token_usage,
             self.last_gen_throughput,
             len(self._scheduler.waiting),

@@ -4,6 +4,8 @@ Whoever holds the same weights and executes the same records gets the same token
 a replay, the flight recorder. All integers, packed as the device wants them.
 """
 
+from typing import Literal
+
 import msgspec
 import numpy as np
 
@@ -11,31 +13,38 @@ from jaxserve.request import Request
 
 LAST_TOKEN = -1  # in place of a token id: the row's last sampled token, which the device knows
 KEEP = -1  # in a row patch: leave the device's value
+NUM_STOP_IDS = 8  # per row that the device looks for; the host looks for all
 NUM_SAMPLING = 8  # int32s of sampling parameters per row
-PATCH_HEADER = 3 + NUM_SAMPLING  # before the page table: row, seq_len, last_token, sampling
+SAMPLING_START = 5 + NUM_STOP_IDS  # after row, seq_len, last_token, finish, limit, stop ids
+PATCH_HEADER = SAMPLING_START + NUM_SAMPLING  # the page table follows
+
+# What the device notes of a row; above RUNNING the row takes part in no further step.
+RUNNING, STOPPED, OUT_OF_LENGTH, NOT_FINITE = 0, 1, 2, 3
+
+Sampler = Literal["greedy", "plain"]
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """What the runner executes: change rows, run the model on packed tokens, sample some rows."""
+    """What the runner executes, in this order: change rows, copy pages, run the model, sample.
+
+    "extend" runs the packed tokens of `forward`; "decode" gives every row of the patched batch its
+    next `num_steps` tokens.
+    """
 
     step: int
+    kind: Literal["extend", "decode"]
     num_tokens: int  # both padded to a bucket
     num_rows: int
-    sampler: str  # "greedy" or "plain"
-    forward: bytes  # i32[rows + query lengths + tokens]
-    sample_rows: bytes  # i32[num_rows], the trash row for rows that do not sample
-    patch: bytes  # i32[P, PATCH_HEADER + M], empty when no row changes
+    num_steps: int
+    sampler: Sampler
+    forward: bytes = b""  # i32[rows, query lengths, does it sample, tokens]
+    patch: bytes = b""  # i32[P * width + R]: lines of rows, then the batch; empty: no change
+    copies: bytes = b""  # i32[C, 3]: from page, to page, tokens kept
 
-    def forward_array(self) -> np.ndarray:
-        return np.frombuffer(self.forward, np.int32).copy()
 
-    def sample_rows_array(self) -> np.ndarray:
-        return np.frombuffer(self.sample_rows, np.int32).copy()
-
-    def patch_array(self, pages_per_row: int) -> np.ndarray | None:
-        if not self.patch:
-            return None
-        return np.frombuffer(self.patch, np.int32).reshape(-1, PATCH_HEADER + pages_per_row).copy()
+def ints(packed: bytes) -> np.ndarray:
+    """A fresh array: a CPU device may alias what it is given."""
+    return np.frombuffer(packed, np.int32).copy()
 
 
 def pack_sampling(request: Request) -> np.ndarray:
@@ -48,12 +57,3 @@ def pack_sampling(request: Request) -> np.ndarray:
     packed[2] = sampling.top_k
     packed[3:5] = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32)
     return packed
-
-
-def pack_patch_row(row: int, seq_len: int, sampling: np.ndarray, pages: list[int], width: int):
-    """One line of `StepPlan.patch`: a row taken over by a request that owns `pages`."""
-    line = np.zeros(width, np.int32)
-    line[:3] = row, seq_len, KEEP
-    line[3:PATCH_HEADER] = sampling
-    line[PATCH_HEADER : PATCH_HEADER + len(pages)] = pages
-    return line

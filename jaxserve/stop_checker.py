@@ -12,9 +12,8 @@ class StopChecker:
         self, request: Request, eos_token_ids: frozenset[int], tokenizer: Tokenizer | None
     ):
         sampling = request.sampling
-        self._stop_ids = (
-            frozenset() if sampling.ignore_eos else eos_token_ids | set(sampling.stop_token_ids)
-        )
+        stop_ids = () if sampling.ignore_eos else (*sampling.stop_token_ids, *eos_token_ids)
+        self.stop_ids = tuple(dict.fromkeys(stop_ids))
         self._stops = sampling.stop
         self._longest = max(map(len, sampling.stop), default=0)
         self._limit = request.max_new_tokens
@@ -33,7 +32,7 @@ class StopChecker:
         self._count += 1
         if self._text is not None and (stop := self._find_stop(token)):
             return FinishReason("stop", matched=stop)
-        if token in self._stop_ids:
+        if token in self.stop_ids:
             return FinishReason("stop", matched=token)
         if self._count >= self._limit:
             return FinishReason("length", length=self._limit)

@@ -1,29 +1,30 @@
-"""Which implementation of an operation runs: the first that can, or the one that was asked for."""
+"""Which implementation of an operation runs: the first of those named that can."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
 def first_that_can(
-    implementations: Mapping[str, Callable[..., Any]], chosen: str | None, *args: Any, **kwargs: Any
-) -> Any:
-    """Calls `chosen`, or else each implementation in order until one does not decline.
+    candidates: Mapping[str, Callable[..., Any]], names: Sequence[str], *args: Any, **kwargs: Any
+) -> tuple[str, Any]:
+    """Calls the named candidates in order until one does not decline.
 
-    An implementation declines a case it cannot do with `NotImplementedError`; any other exception
-    is the caller's mistake and passes through.
+    A candidate declines a case it cannot do with `NotImplementedError`; any other exception is the
+    caller's mistake and passes through.
+
+    Returns:
+      The name of the one that did it, and its result.
 
     Raises:
-      ValueError: `chosen` is not one of the names.
-      NotImplementedError: every implementation declined; the message has each one's reason.
+      ValueError: a name is not one of the candidates.
+      NotImplementedError: every one declined; the message has each one's reason.
     """
-    if chosen is not None:
-        if chosen not in implementations:
-            raise ValueError(f"implementation={chosen!r}: choose from {sorted(implementations)}")
-        return implementations[chosen](*args, **kwargs)
     reasons = []
-    for name, implementation in implementations.items():
+    for name in names:
+        if name not in candidates:
+            raise ValueError(f"implementation={name!r}: choose from {sorted(candidates)}")
         try:
-            return implementation(*args, **kwargs)
+            return name, candidates[name](*args, **kwargs)
         except NotImplementedError as error:
             reasons.append(f"{name}: {error}")
     raise NotImplementedError("; ".join(reasons))

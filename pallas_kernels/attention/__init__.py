@@ -1,6 +1,7 @@
 """Attention over a paged KV cache."""
 
 from pallas_kernels.attention.api import KVCache as KVCache
+from pallas_kernels.attention.api import Plan as Plan
 from pallas_kernels.attention.api import RaggedBatch as RaggedBatch
 from pallas_kernels.attention.api import empty_kv_cache as empty_kv_cache
 from pallas_kernels.attention.api import kv_cache_shape as kv_cache_shape

@@ -27,8 +27,16 @@ class KVCache:
     num_pages: int = dataclasses.field(metadata={"static": True})
 
     @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
     def page_size(self) -> int:
         return self.k.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[3]
 
 
 def kv_cache_shape(

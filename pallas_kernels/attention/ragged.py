@@ -51,7 +51,8 @@ def make_tiles(batch: RaggedBatch, num_tokens: int, tile_size: int, block_size: 
     most_tiles = num_tokens // tile_size + (len(starts) if tile_size > 1 else 0)
 
     tile = jnp.arange(most_tiles, dtype=jnp.int32)
-    row = jnp.searchsorted(tile_end, tile, side="right").astype(jnp.int32)
+    # Not jnp.searchsorted: it becomes a loop, and a loop splits the CUDA graph.
+    row = (tile_end <= tile[:, None]).sum(axis=1, dtype=jnp.int32)
     row = jnp.minimum(row, len(starts) - 1)
     first = (tile - (tile_end - tiles_of_row)[row]) * tile_size  # of the tile's queries, in its row
     offset = first[:, None] + jnp.arange(tile_size, dtype=jnp.int32)

@@ -15,7 +15,7 @@ from pallas_kernels.attention.ragged import RaggedBatch, Tiles, make_tiles
 NEVER = -1e30  # a score below every real one; finite, because inf - inf is NaN
 
 
-def plan(batch: RaggedBatch, num_tokens: int) -> Tiles:
+def plan(batch: RaggedBatch, cache: KVCache, num_tokens: int) -> Tiles:
     """Once per step: a decode batch (one token a row) in tiles of one, any other in tiles of 16."""
     is_decode = num_tokens == len(batch.seq_lens)
     return make_tiles(
