@@ -11,6 +11,8 @@ MODEL ?= jaxserve/demo_model
 HOST ?= 127.0.0.1
 PORT ?= 30000
 ARGS ?=
+# The accelerator's runtime: cuda12, cuda13 or tpu.
+EXTRA ?=
 
 .PHONY: serve test lint check test-jax-oldest test-jax-newest clean help
 
@@ -52,7 +54,7 @@ endif
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	@echo "installing jaxserve into $(VENV), a minute or two the first time"
-	$(INSTALL) -e . $(JAX)
+	$(INSTALL) -e '.[$(EXTRA)]' $(JAX)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxserve.generate_request import GenerateRequest
-from jaxserve.generation import Generation
+from jaxserve.generation import Generation, Progress
 
 
 class Answers:
@@ -38,13 +38,14 @@ class Answers:
             generation = self.generations[index]
             if generation.error is not None:
                 raise generation.error
-            if not self._is_due(index):
+            progress = generation.progress  # once: it may be replaced at any moment
+            if not self._is_due(index, progress):
                 continue
-            self._num_sent[index] = len(generation.output_ids)
-            if generation.is_finished:
+            self._num_sent[index] = progress.num_output
+            if progress.finish_reason is not None:
                 self._open.discard(index)
             answer = generation.snapshot(
-                self._meta, with_prompt_ids=self._parsed.return_prompt_token_ids
+                progress, self._meta, with_prompt_ids=self._parsed.return_prompt_token_ids
             )
             if self._parsed.is_batch and self._parsed.stream:
                 answer["index"] = index
@@ -56,9 +57,9 @@ class Answers:
         answers = [by_rid[generation.request.rid] for generation in self.generations]
         return answers if self._parsed.is_batch else answers[0]
 
-    def _is_due(self, index: int) -> bool:
-        generation, sent = self.generations[index], self._num_sent[index]
-        if generation.is_finished or not self._parsed.stream:
-            return generation.is_finished
-        new = len(generation.output_ids) - sent
+    def _is_due(self, index: int, progress: Progress) -> bool:
+        if progress.finish_reason is not None or not self._parsed.stream:
+            return progress.finish_reason is not None
+        sent = self._num_sent[index]
+        new = progress.num_output - sent
         return new >= self._interval[index] or (sent == 0 and new > 0)

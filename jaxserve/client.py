@@ -59,6 +59,7 @@ class EngineClient(Frontend):
             raise ValueError(first.message)
         self.set_ready(first.info)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+        self._tasks[0].add_done_callback(self._on_receive_end)
 
     async def stop(self) -> None:
         """Ends the engine's process; requests that are still running end with EngineDied."""
@@ -90,6 +91,13 @@ class EngineClient(Frontend):
     async def _receive(self) -> None:
         while True:
             self.deliver(messages.decode_from_engine(await self._socket.recv()))
+
+    def _on_receive_end(self, task: asyncio.Task) -> None:
+        """Nobody hears the engine any more: better to end than to let everybody wait."""
+        if not task.cancelled():
+            logger.error("lost the engine's messages", exc_info=task.exception())
+            self.die(EngineDied(f"lost the engine's messages: {task.exception()}"))
+            self.died.set()
 
     async def _watch(self) -> None:
         while self._process.poll() is None:

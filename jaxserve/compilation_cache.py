@@ -11,8 +11,11 @@ DEFAULT = "~/.cache/jaxserve"
 
 
 def enable(folder: str | None) -> None:
-    """Turns JAX's persistent cache on, in `folder` (mode 0700); "none" leaves it as it is."""
-    if folder == "none" or jax.config.jax_compilation_cache_dir:
+    """Turns JAX's persistent cache on, in `folder` (mode 0700); "none" turns it off. None leaves a
+    cache as it is that the program around us, or JAX_COMPILATION_CACHE_DIR, has set."""
+    if folder == "none":
+        jax.config.update("jax_compilation_cache_dir", None)
+    if folder == "none" or (folder is None and jax.config.jax_compilation_cache_dir):
         return
     path = pathlib.Path(folder or DEFAULT).expanduser()
     try:
@@ -20,8 +23,10 @@ def enable(folder: str | None) -> None:
     except OSError as error:
         logger.warning("no compilation cache: %s", error)
         return
-    if not os.access(path, os.W_OK):
-        logger.warning("no compilation cache: %s is not writable", path)
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        # Programs are run from here: nobody else may write them.
+        logger.warning("no compilation cache: others may write to %s", path)
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from jaxserve.tokenizer import Tokenizer
 
 CONTEXT = 5  # prompt tokens before the output: some decoders drop a first token's leading space
+LONGEST_CHARACTER = 8  # tokens; a longer run without text (special tokens, padding) has none
 HALF = "\ufffd"  # what an incomplete character decodes to
 
 
@@ -31,7 +32,8 @@ class Detokenizer:
         """Adds ids; returns the text so far, without an incomplete character at its end."""
         self._ids.extend(ids)
         new = self._undecoded()
-        if new and not new.endswith(HALF):
+        has_no_text = not new and len(self._ids) - self._done > LONGEST_CHARACTER
+        if (new and not new.endswith(HALF)) or has_no_text:
             self._take(new)
         return self.text
 

@@ -136,17 +136,18 @@ class EngineCore:
             logger.exception("%s failed", call.operation)
             return Reply(call.call_id, error=f"{type(error).__name__}: {error}")
 
-    def _flush_cache(self) -> bool:
-        if not self.scheduler.flush():
+    def _flush_cache(self, is_last_try: bool = True) -> bool:
+        if self.scheduler.flush():
+            logger.info("Cache flushed successfully!")
+            return True
+        if is_last_try:
             logger.info(
                 "Cache not flushed because there are pending requests. "
                 "#queue-req: %d, #running-req: %d",
                 len(self.scheduler.waiting),
                 len(self.scheduler.running),
             )
-            return False
-        logger.info("Cache flushed successfully!")
-        return True
+        return False
 
     def _internal_state(self) -> dict[str, Any]:
         scheduler = self.scheduler

@@ -3,6 +3,7 @@
 import concurrent.futures
 import itertools
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ class Frontend:
     def __init__(self, config: EngineConfig, send: Callable[[ToEngine], None]):
         self.config = config
         self._send = send
+        self._lock = threading.Lock()  # of what follows; never held while a caller is told
         self._live: dict[str, Generation] = {}
         self._calls: dict[int, concurrent.futures.Future] = {}
         self._call_ids = itertools.count()
@@ -93,15 +95,16 @@ class Frontend:
           RequestError: an id is that of a live request.
           EngineDied: nothing can be sent any more.
         """
-        if self._died:
-            raise self._died
-        for request in requests:
-            if request.rid in self._live:
-                raise RequestError(f"Duplicate request ID detected: {request.rid}", param="rid")
         generations = [Generation(request, self.tokenizer, on_update) for request in requests]
-        self._live |= {generation.request.rid: generation for generation in generations}
-        for request in requests:
-            self._send(AddRequest(request))
+        with self._lock:
+            if self._died:
+                raise self._died
+            for request in requests:
+                if request.rid in self._live:
+                    raise RequestError(f"Duplicate request ID detected: {request.rid}", param="rid")
+            self._live |= {generation.request.rid: generation for generation in generations}
+            for request in requests:
+                self._send(AddRequest(request))
         return Answers(parsed, generations, self.meta, self.config.stream_interval)
 
     def abandon(self, answers: Answers) -> None:
@@ -118,27 +121,26 @@ class Frontend:
     def call(self, operation: str, **arguments: Any) -> concurrent.futures.Future:
         """A control operation of the engine; the future holds its value, or a RuntimeError."""
         future: concurrent.futures.Future = concurrent.futures.Future()
-        if self._died:
-            future.set_exception(self._died)
-            return future
-        call_id = next(self._call_ids)
-        self._calls[call_id] = future
-        self._send(Call(call_id, operation, arguments))
+        with self._lock:
+            if self._died:
+                future.set_exception(self._died)
+                return future
+            call_id = next(self._call_ids)
+            self._calls[call_id] = future
+            self._send(Call(call_id, operation, arguments))
         return future
 
     def deliver(self, message: FromEngine) -> None:
         self.last_progress = time.monotonic()
         if isinstance(message, StepOutput):
             for update in message.updates:
-                generation = self._live.get(update.rid)
-                if generation is None:
-                    continue
-                if update.finish_reason is not None:
-                    del self._live[update.rid]
-                generation.deliver(update)
+                take = self._live.get if update.finish_reason is None else self._live.pop
+                generation = take(update.rid, None)
+                if generation is not None:
+                    generation.deliver(update)
         elif isinstance(message, Reply):
-            future = self._calls.pop(message.call_id)
-            if not future.set_running_or_notify_cancel():
+            future = self._calls.pop(message.call_id, None)
+            if future is None or not future.set_running_or_notify_cancel():
                 pass  # whoever asked has left
             elif message.error is None:
                 future.set_result(message.value)
@@ -147,14 +149,16 @@ class Frontend:
 
     def die(self, error: EngineDied) -> None:
         """Ends everything that waits for the engine."""
-        self._died = error
-        for generation in list(self._live.values()):
+        with self._lock:
+            self._died = error
+            generations, futures = list(self._live.values()), list(self._calls.values())
+            self._live.clear()
+            self._calls.clear()
+        for generation in generations:
             generation.fail(error)
-        self._live.clear()
-        for future in self._calls.values():
+        for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
-        self._calls.clear()
 
 
 def _parse_preferred(given: str | None) -> dict[str, Any]:

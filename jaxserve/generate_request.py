@@ -87,11 +87,10 @@ class GenerateRequest:
         priority, namespace = _priority(body), _namespace(body)
         items = []
         for rid, text, prompt_ids, given in zip(rids, texts, ids, parameters, strict=True):
-            given = {} if given is None else given
-            if preferred and isinstance(given, Mapping):
-                given = {**preferred, **given}
-            sampling = SamplingParams.parse(given)
-            asked = given.get("max_new_tokens")
+            own = {} if given is None else given
+            merged = {**preferred, **own} if preferred and isinstance(own, Mapping) else own
+            sampling = SamplingParams.parse(merged)
+            asked = own.get("max_new_tokens")
             items.append(Item(rid, text, prompt_ids, sampling, asked, priority, namespace))
         return cls(
             items=items,

@@ -14,6 +14,9 @@ from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
 
 
+CPU_SHARE = 0.25  # of the machine's memory, for a KV cache that nobody has asked for
+
+
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
     """In bytes; `num_pages` counts the trash page."""
@@ -55,7 +58,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Gives the KV cache what `mem_fraction_static` leaves beside the weights.
 
-    On a CPU no more than every row's longest context, since the memory is everybody's.
+    On a CPU no more than every row's longest context, and no more than a quarter of the memory,
+    since it is everybody's.
 
     Raises:
       ValueError: it cannot work; names the flag to change.
@@ -88,7 +92,8 @@ def plan_memory(
             )
     else:
         most = 1 + max_rows * pages_per_row(model.context_length, page_size)
-        num_pages = min(fitting, most) if is_cpu else fitting
+        share = int(device_bytes * CPU_SHARE) // page_bytes
+        num_pages = min(fitting, most, max(share, 2)) if is_cpu else fitting
     if num_pages < 2:
         raise ValueError(
             f"beside the weights there is no room for one page of {page_size} tokens "

@@ -2,7 +2,7 @@
 
 Each parameter says what the rest of jaxserve must know of it:
   kind   "matrix", "bias" or "norm"
-  axes   the logical axis of each dimension, which `sharding` maps to the mesh
+  axes   the logical axis of each dimension, to be mapped to a mesh
   parts  the checkpoint's tensors that it holds, and where: (name, index); the name replaces that
          of the fused module (`qkv_proj` -> `q_proj`), and "" keeps it
 """

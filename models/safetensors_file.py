@@ -1,4 +1,4 @@
-"""Reads safetensors (https://huggingface.co/docs/safetensors) with `pread`, every dtype included.
+"""Reads safetensors (https://huggingface.co/docs/safetensors) with `pread`, FP8 included.
 
 Never a memory map: a file that a trainer truncates while it is mapped kills the process. The
 header is checked in full before any of it is believed, because a checkpoint is untrusted input.

@@ -22,8 +22,12 @@ async def flush_cache(request: Request) -> HTTPResponse:
     seconds = _timeout(request)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + seconds
-    while not await asyncio.wrap_future(request.app.ctx.frontend.call("flush_cache")):
-        if loop.time() >= deadline:
+    while True:
+        is_last_try = loop.time() >= deadline
+        call = request.app.ctx.frontend.call("flush_cache", is_last_try=is_last_try)
+        if await asyncio.wrap_future(call):
+            break
+        if is_last_try:
             waited = "Timed out waiting for idle state.\n" if seconds else "Flush cache failed.\n"
             return bodies.text(waited, status=400)
         await asyncio.sleep(POLL_SECONDS)

@@ -4,11 +4,13 @@ import asyncio
 import dataclasses
 import sys
 import time
+import uuid
 
 from sanic import Blueprint, Request
 from sanic.response import HTTPResponse
 
 import jaxserve
+from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
 from jaxserve.generate_request import RESERVED
 from jaxserve.server import bodies
@@ -85,11 +87,14 @@ async def health(request: Request) -> HTTPResponse:
         return bodies.empty(503)
     began = time.monotonic()
     body = {
-        "rid": f"HEALTH_CHECK_{began}",
+        "rid": f"HEALTH_CHECK_{uuid.uuid4().hex}",
         "input_ids": [0],
         "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
     }
-    answers = frontend.submit(*frontend.prepare(body))
+    try:
+        answers = frontend.submit(*frontend.prepare(body))
+    except EngineDied:
+        return bodies.empty(503)
     try:
         while frontend.last_progress < began:
             if time.monotonic() - began > HEALTH_SECONDS or app.ctx.is_stopping:

@@ -20,6 +20,7 @@ from jaxserve.server.app import create_app
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
+SMALL_CONTEXT = 64  # tokens; below it the usual first request may not fit
 WARM_UP = {"max_new_tokens": 8, "temperature": 0.0}
 
 
@@ -150,7 +151,9 @@ async def _drain(app: Sanic, client: EngineClient, seconds: float) -> None:
 async def warm_up(frontend: Frontend) -> None:
     """One request of our own, through everything but HTTP."""
     body = {"sampling_params": WARM_UP}
-    if frontend.tokenizer is None:
+    if min(frontend.info.context_length, frontend.info.max_total_num_tokens) < SMALL_CONTEXT:
+        body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
+    elif frontend.tokenizer is None:
         body["input_ids"] = [min(token, frontend.info.vocab_size - 1) for token in (10, 11, 12)]
     else:
         body["text"] = "The capital city of France is"

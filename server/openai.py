@@ -17,7 +17,7 @@ async def list_models(request: Request) -> HTTPResponse:
     return bodies.json({"object": "list", "data": [_model(request.app.ctx.frontend)]})
 
 
-@blueprint.get("/models/<name:path>")
+@blueprint.get("/models/<name:path>", unquote=True)
 async def get_model(request: Request, name: str) -> HTTPResponse:
     model = _model(request.app.ctx.frontend)
     if name == model["id"]:

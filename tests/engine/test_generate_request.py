@@ -68,7 +68,8 @@ def test_preferred_parameters_lie_under_the_requests_own():
     body = {"text": ["a", "b", "c"], "sampling_params": [{"top_k": 5}, {}, None]}
     items = GenerateRequest.parse(body, preferred).items
     assert [item.sampling.top_k for item in items] == [5, 3, 3]
-    assert [item.asked_tokens for item in items] == [9, 9, 9]
+    assert [item.sampling.max_new_tokens for item in items] == [9, 9, 9]
+    assert [item.asked_tokens for item in items] == [None] * 3, "clipped, not refused"
 
 
 def test_rids_are_given_made_or_numbered():

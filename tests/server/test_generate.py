@@ -36,8 +36,8 @@ def test_answer_has_sglangs_keys_in_sglangs_order(paris):
         "cached_tokens",
         "cached_tokens_details",
         "dp_rank",
-        "response_sent_to_client_ts",
         "e2e_latency",
+        "response_sent_to_client_ts",
     ]
     meta = paris["meta_info"]
     assert meta["completion_tokens"] == len(paris["output_ids"])
