@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
 
-
 CPU_SHARE = 0.25  # of the machine's memory, for a KV cache that nobody has asked for
 
 

@@ -159,7 +159,8 @@ def test_write_kv_touches_one_layer_and_sends_padding_to_the_trash_page():
 def test_refuses_what_does_not_fit(q_shape, window, words):
     cache = attention.empty_kv_cache((4, 2, 2, 4), 4, jnp.float32)
     with pytest.raises(ValueError, match=words):
-        attention.paged_attention(jnp.zeros(q_shape), cache, jnp.int32(0), plan=None, window=window)
+        plan = attention.Plan(details=None, implementation="reference")
+        attention.paged_attention(jnp.zeros(q_shape), cache, jnp.int32(0), plan, window=window)
 
 
 def test_unknown_implementation_names_the_known_ones():
