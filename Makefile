@@ -54,7 +54,7 @@ endif
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	@echo "installing jaxserve into $(VENV), a minute or two the first time"
-	$(INSTALL) -e '.[$(EXTRA)]' $(JAX)
+	$(INSTALL) -e '.$(if $(EXTRA),[$(EXTRA)])' $(JAX)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
