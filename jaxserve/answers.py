@@ -1,6 +1,7 @@
 """The answers to one call of generate, as its generations bring them."""
 
-from collections.abc import Iterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 from jaxserve.generate_request import GenerateRequest
@@ -50,6 +51,14 @@ class Answers:
             if self._parsed.is_batch and self._parsed.stream:
                 answer["index"] = index
             yield answer
+
+    async def follow(self, changed: asyncio.Event) -> AsyncIterator[dict[str, Any]]:
+        """What `take` gives, as it comes; `changed` is what every update sets."""
+        while not self.is_over:
+            await changed.wait()
+            changed.clear()
+            for answer in self.take():
+                yield answer
 
     def in_order(self, finished: list[dict[str, Any]]) -> dict[str, Any] | list[dict[str, Any]]:
         """The answers that `take` has given, as one call without a stream returns them."""

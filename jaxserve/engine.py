@@ -157,10 +157,7 @@ class Engine:
     ) -> AsyncIterator[dict[str, Any]]:
         try:
             yield {}  # as in `_follow`
-            while not answers.is_over:
-                await changed.wait()
-                changed.clear()
-                for answer in answers.take():
-                    yield answer
+            async for answer in answers.follow(changed):
+                yield answer
         finally:
             self._frontend.abandon(answers)

@@ -128,8 +128,7 @@ def make_request(
     _check_vocabulary(ids, "input_ids", info.vocab_size)
     _check_vocabulary(sampling.stop_token_ids, "stop_token_ids", info.vocab_size)
     ids = _fit(ids, item.asked_tokens, info, allow_auto_truncate)
-    longest = min(info.context_length, info.max_total_num_tokens) - 1
-    room = longest - len(ids) - 1
+    room = info.max_req_len - len(ids) - 1
     wanted = room if sampling.max_new_tokens is None else sampling.max_new_tokens
     seed = sampling.sampling_seed if sampling.sampling_seed is not None else default_seed
     return Request(
@@ -145,7 +144,7 @@ def make_request(
 
 def _fit(ids: list[int], asked: int | None, info: EngineInfo, truncate: bool) -> list[int]:
     context = info.context_length
-    longest = max(min(context, info.max_total_num_tokens) - 1 - RESERVED, 1)
+    longest = max(info.max_req_len - RESERVED, 1)
     if truncate:
         return ids[:longest]
     if len(ids) >= context:

@@ -47,6 +47,11 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_cache_bytes: int
     startup_seconds: float
 
+    @property
+    def max_req_len(self) -> int:
+        """Tokens of a request, prompt and output."""
+        return min(self.context_length, self.max_total_num_tokens) - 1
+
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     info: EngineInfo

@@ -37,12 +37,12 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """The cached pages of a prefix. Lock `node`, and `donor` too, before any other call."""
+    """The cached pages of a prefix. Lock `node` before any other call."""
 
     node: Node  # its pages are the last ones matched: locked, it keeps them all
     pages: list[int]  # the full pages, from the first token on
     num_tokens: int  # that are matched: those of the full pages and the donor's
-    donor: Node | None = None  # to be locked until the copy of its first page is dispatched
+    donor: Node | None = None  # to be locked unless its copy runs before any other write
     donor_page: int = 0
     donor_tokens: int = 0  # at the start of `donor_page` that are matched too
 

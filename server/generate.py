@@ -34,20 +34,12 @@ async def generate(request: Request) -> HTTPResponse | None:
     try:  # a client that leaves cancels this handler
         if parsed.stream:
             return await _stream(request, answers, changed)
-        return _respond(answers, [answer async for answer in _follow(answers, changed)])
+        return _respond(answers, [answer async for answer in answers.follow(changed)])
     finally:
         frontend.abandon(answers)
         if frontend.config.log_requests:
             for generation in answers.generations:
                 logger.info("Finish: rid=%s, %s", generation.request.rid, generation.summary)
-
-
-async def _follow(answers: Answers, changed: asyncio.Event):
-    while not answers.is_over:
-        await changed.wait()
-        changed.clear()
-        for answer in answers.take():
-            yield answer
 
 
 def _respond(answers: Answers, finished: list[dict[str, Any]]) -> HTTPResponse:
@@ -62,7 +54,7 @@ def _respond(answers: Answers, finished: list[dict[str, Any]]) -> HTTPResponse:
 async def _stream(request: Request, answers: Answers, changed: asyncio.Event) -> None:
     response = await request.respond(content_type=sse.CONTENT_TYPE, headers=sse.HEADERS)
     try:
-        async for answer in _follow(answers, changed):
+        async for answer in answers.follow(changed):
             await response.send(sse.event(answer))
     except EngineDied as error:  # the status is sent: only an event can still tell
         await response.send(sse.event(bodies.error_content(str(error), 500)))

@@ -51,7 +51,6 @@ async def get_server_info(request: Request) -> HTTPResponse:
     frontend = request.app.ctx.frontend
     info = frontend.info
     state = await asyncio.wrap_future(frontend.call("internal_state"))
-    longest = min(info.context_length, info.max_total_num_tokens) - 1
     return bodies.json(
         {
             **dataclasses.asdict(frontend.config),
@@ -69,7 +68,7 @@ async def get_server_info(request: Request) -> HTTPResponse:
             "max_running_requests": info.max_running_requests,
             "chunked_prefill_size": info.chunked_prefill_size,
             "max_total_num_tokens": info.max_total_num_tokens,
-            "max_req_input_len": longest - RESERVED,
+            "max_req_input_len": info.max_req_len - RESERVED,
             "startup_time": info.startup_seconds,
             "internal_states": [state],
             "version": jaxserve.__version__,

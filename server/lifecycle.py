@@ -20,7 +20,7 @@ from jaxserve.server.app import create_app
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
-SMALL_CONTEXT = 64  # tokens; below it the usual first request may not fit
+SMALL_CONTEXT = 63  # tokens; below it the usual first request may not fit
 WARM_UP = {"max_new_tokens": 8, "temperature": 0.0}
 
 
@@ -151,7 +151,7 @@ async def _drain(app: Sanic, client: EngineClient, seconds: float) -> None:
 async def warm_up(frontend: Frontend) -> None:
     """One request of our own, through everything but HTTP."""
     body = {"sampling_params": WARM_UP}
-    if min(frontend.info.context_length, frontend.info.max_total_num_tokens) < SMALL_CONTEXT:
+    if frontend.info.max_req_len < SMALL_CONTEXT:
         body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1}}
     elif frontend.tokenizer is None:
         body["input_ids"] = [min(token, frontend.info.vocab_size - 1) for token in (10, 11, 12)]
@@ -159,10 +159,8 @@ async def warm_up(frontend: Frontend) -> None:
         body["text"] = "The capital city of France is"
     changed = asyncio.Event()
     answers = frontend.submit(*frontend.prepare(body), changed.set)
-    while not answers.is_over:
-        await changed.wait()
-        changed.clear()
-        list(answers.take())
+    async for _ in answers.follow(changed):
+        pass
 
 
 def banner(frontend: Frontend, host: str, port: int) -> str:
