@@ -16,8 +16,9 @@ import zmq
 
 from jaxserve import logs, messages
 from jaxserve.config import EngineConfig
+from jaxserve.errors import EngineDied
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("jaxserve.engine_process")  # whose __name__ is __main__
 IDLE_POLL_MS = 1000
 
 
@@ -37,6 +38,10 @@ def main() -> None:
         core = _start(config, socket)
         if core is not None:
             _serve(core, socket)
+    except Exception as error:
+        logger.exception("the engine failed")
+        socket.send(messages.encode(messages.EngineFailed(str(EngineDied.of(error)))))
+        sys.exit(1)
     finally:
         socket.close(linger=1000)
 

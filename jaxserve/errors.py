@@ -19,3 +19,10 @@ class QueueFull(RequestError):
 
 class EngineDied(RuntimeError):
     """The engine is gone; no request will be answered any more."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> "EngineDied":
+        """What ended the engine, in words for those who wait for it."""
+        if isinstance(error, cls):
+            return error
+        return cls(f"the engine failed: {type(error).__name__}: {error}")

@@ -150,7 +150,7 @@ class Frontend:
     def die(self, error: EngineDied) -> None:
         """Ends everything that waits for the engine."""
         with self._lock:
-            self._died = error
+            self._died = self._died or error  # the first one knows best
             generations, futures = list(self._live.values()), list(self._calls.values())
             self._live.clear()
             self._calls.clear()

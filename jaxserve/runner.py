@@ -41,6 +41,8 @@ class Runner:
 
     def reset(self) -> None:
         """A state without requests, after a step has failed and taken the donated one with it."""
+        for leaf in jax.tree.leaves(self._state):
+            leaf.delete()  # what is left of it: there is no room for two
         self._state = self._shape.create()
 
     def dispatch(self, plan: StepPlan) -> jax.Array:

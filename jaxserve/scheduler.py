@@ -7,6 +7,7 @@ oldest is never retracted, so that somebody always gets on.
 """
 
 import itertools
+import logging
 from typing import Literal
 
 from jaxserve.admission import OutputEstimate
@@ -18,6 +19,7 @@ from jaxserve.request import FinishReason, Request, RequestUpdate
 from jaxserve.step_plan import NOT_FINITE
 from jaxserve.stop_checker import StopChecker
 
+logger = logging.getLogger(__name__)
 LOOKAHEAD = 32  # tokens: rows get pages for so many at once, so that they rarely need any
 MOST_MATCHED_WAITING = 128  # beyond so many, lpm does not look prefixes up
 
@@ -143,6 +145,11 @@ class Scheduler:
     def num_tokens_in_rows(self) -> int:
         """Tokens of running requests whose keys and values are in the cache."""
         return sum(live.num_committed for live in self.running)
+
+    @property
+    def oldest(self) -> LiveRequest | None:
+        """The one that nobody keeps from getting on."""
+        return min(self.running or self.waiting, key=lambda live: live.order, default=None)
 
     @property
     def is_idle(self) -> bool:
@@ -312,12 +319,17 @@ class Scheduler:
         taken: list[int] = []
         for token, finish in drawn:
             if finish == NOT_FINITE:
-                return self._finish(live, taken, _not_finite(), keep=False)
+                reason = FinishReason.internal_error("the model's scores are not finite")
+                return self._finish(live, taken, reason, keep=False)
             if live.request.max_new_tokens == 0:  # only its prompt was wanted
                 return self._finish(live, taken, FinishReason("length", length=0))
             live.tokens.append(token)
             taken.append(token)
-            reason = live.stop_checker.push(token)
+            try:
+                reason = live.stop_checker.push(token)
+            except Exception as error:  # its text cannot be had: nobody else's concern
+                logger.exception("%s ends: its text cannot be checked", live.request.rid)
+                reason = FinishReason.internal_error(f"{type(error).__name__}: {error}")
             if reason is not None:
                 return self._finish(live, taken, reason)
         return self._news(live, taken, None)
@@ -387,12 +399,3 @@ class Scheduler:
     def _most_tokens(request: Request) -> int:
         """That are ever computed: all but the last, which is only sampled."""
         return len(request.prompt_ids) + max(request.max_new_tokens - 1, 0)
-
-
-def _not_finite() -> FinishReason:
-    return FinishReason(
-        "abort",
-        message="the model's scores are not finite",
-        status_code=500,
-        err_type="InternalServerError",
-    )

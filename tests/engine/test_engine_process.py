@@ -66,10 +66,11 @@ def test_engine_that_fails_ends_everything_that_waits_for_it(config):
         while not (await asyncio.wrap_future(client.call("internal_state")))["num_running_reqs"]:
             pass
         await client._socket.send(b"no message")  # the engine cannot but fail
-        words = rf"the engine process \(pid {engine}\) ended with exit code 1"
+        words = "the engine failed: ValidationError: Expected `object`, got `int`"
         with pytest.raises(EngineDied, match=words):
             await waiting
         await asyncio.wait_for(client.died.wait(), 5)
+        wait_for(lambda: not is_running(engine), 5)
         with pytest.raises(EngineDied, match=words):
             client.submit(*client.prepare(BODY))
         with pytest.raises(EngineDied, match=words):
