@@ -1,13 +1,23 @@
 """What a caller can do wrong, told apart from what we can."""
 
+from collections.abc import Mapping
+
 
 class RequestError(ValueError):
     """A request that cannot be served as it is; the message is for the one who sent it."""
 
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400):
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        status: int = 400,
+        headers: Mapping[str, str] | None = None,  # of the answer over HTTP
+    ):
         super().__init__(message)
         self.param = param
         self.status = status
+        self.headers = dict(headers or {})
 
 
 class QueueFull(RequestError):

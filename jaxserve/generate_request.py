@@ -122,7 +122,9 @@ def make_request(
             "Please provide input_ids or re-initialize the engine with skip_tokenizer_init=False.",
             param="stop" if sampling.stop else "text",
         )
-    ids = item.input_ids if item.input_ids is not None else tokenizer.encode(item.text)
+    ids = item.input_ids
+    if ids is None:
+        ids = _tokenize(item.text, tokenizer, info.context_length, allow_auto_truncate)
     if not ids:
         raise RequestError("input_ids cannot be empty.", param="input_ids")
     _check_vocabulary(ids, "input_ids", info.vocab_size)
@@ -140,6 +142,22 @@ def make_request(
         namespace=item.namespace,
         seed=secrets.randbits(64) if seed is None else seed % 2**64,
     )
+
+
+def _tokenize(text: str, tokenizer: Tokenizer, context: int, truncate: bool) -> list[int]:
+    """The ids of a text, or enough of them to tell that it is too long."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("text must be Unicode text", param="text") from error
+    beginning = tokenizer.beginning(text, context)
+    if len(beginning) < len(text) and not truncate:
+        raise RequestError(
+            f"The text ({len(text)} characters) is longer than the model's context length "
+            f"({context} tokens): its first {len(beginning)} characters alone have more tokens.",
+            param="text",
+        )
+    return tokenizer.encode(beginning)
 
 
 def _fit(ids: list[int], asked: int | None, info: EngineInfo, truncate: bool) -> list[int]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import tokenizers
 
+PIECE, CUT_TOKENS = 1 << 14, 64  # characters of a text, and tokens that a cut may add to it
+
 
 class Tokenizer:
     """A model's tokenizer, from the files in its folder. Safe to use from several threads."""
@@ -27,6 +29,22 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer itself adds, such as a BOS."""
         return self._backend.encode(text).ids
+
+    def beginning(self, text: str, num_tokens: int) -> str:
+        """As much of a long text as surely has more than `num_tokens` tokens, else all of it.
+
+        Tokenizing takes a second and 200 MB per million bytes; this takes time for `num_tokens`
+        and memory for a piece of the text. It counts the tokens of pieces, after all that the
+        tokenizer normalises, folds or drops. Assumed is only that a cut between two pieces makes
+        at most `CUT_TOKENS` more of them than the uncut text has: those of a word or two.
+        """
+        count = 0
+        for end in range(PIECE, len(text), PIECE):
+            piece = self._backend.encode(text[end - PIECE : end], add_special_tokens=False)
+            count += len(piece) - CUT_TOKENS
+            if count > num_tokens:
+                return text[:end]
+        return text
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Ids beyond the vocabulary (a model's padding of it) have no text."""

@@ -1,6 +1,7 @@
 """JSON in and out, and what an error looks like."""
 
 import http
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -41,8 +42,15 @@ def error_content(message: str, status: int, param: str | None = None) -> dict[s
     return {"error": {"message": message, "type": kind, "code": status, "param": param}}
 
 
-def error(message: str, status: int, param: str | None = None) -> HTTPResponse:
-    return json(error_content(message, status, param), status)
+def error(
+    message: str,
+    status: int,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> HTTPResponse:
+    response = json(error_content(message, status, param), status)
+    response.headers.update(headers or {})
+    return response
 
 
 def phrase(status: int) -> str:
