@@ -73,12 +73,14 @@ class Bench:
             max_rows=rows,
             pages_per_row=CONTEXT_LENGTH // PAGE_SIZE,
             max_steps=num_steps,
+            max_tokens=max(extend, 1),
             num_layers=config.num_layers,
             num_pages=1 + rows * self.pages,
             page_size=PAGE_SIZE,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
             dtype=jnp.dtype(config.dtype),
         )
         buckets = Buckets(
@@ -87,6 +89,7 @@ class Bench:
             extend_tokens=(extend,) if extend else (),
             patch_lines=tuple(sorted({min(4, rows), rows})),
             copies=(1,),
+            scores=64,
         )
         graphdef, params = create_model(config, key=jax.random.key(0))
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

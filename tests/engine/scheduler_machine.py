@@ -45,6 +45,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
         limits = self.world.limits
         kind = take(4) if take(3) == 0 else 0
+        if take(3) == 0:  # logprobs, from some position of the prompt on
+            kind += 4 + 8 * take(20)
         room = min(limits.num_pages * limits.page_size, 24)
         base = BASES[take(3) == 0]
         prompt = base[: take(room)] + [100 + take(3) for _ in range(1 + take(3))]

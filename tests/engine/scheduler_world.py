@@ -11,12 +11,12 @@ from jaxserve.live_request import LiveRequest, Schedule
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.plan_builder import PlanBuilder
 from jaxserve.radix_cache import RadixCache
-from jaxserve.request import FinishReason, Request, RequestUpdate
+from jaxserve.request import FinishReason, LogprobParams, Request, RequestUpdate
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler
 from jaxserve.step_plan import NUM_STOP_IDS
 from jaxserve.stop_checker import StopChecker
-from tests.engine.fake_device import EOS, NAMESPACES, Device, chain_of, solo
+from tests.engine.fake_device import EOS, NAMESPACES, Device, chain_of, score_of, solo
 
 FILLER_STOPS = tuple(range(900, 900 + NUM_STOP_IDS))  # leave the device no place for EOS
 
@@ -61,18 +61,21 @@ class World:
         self.requests: dict[str, Request] = {}
         self.order: dict[str, tuple[int, int]] = {}
         self.output: dict[str, list[int]] = {}
+        self.prompt_scores: dict[str, list[float]] = collections.defaultdict(list)
         self.ended: dict[str, FinishReason] = {}
         self.aborted: set[str] = set()
 
     # What happens.
 
     def submit(self, prompt: list[int], max_new_tokens: int, priority: int, kind: int) -> None:
-        """`kind` chooses a namespace, and whether the device knows the stop token."""
+        """`kind` chooses a namespace, whether the device knows the stop token, and the prompt
+        position from which logprobs are asked for, if any."""
         rid = "job" + len(self.requests) * "0"  # each the beginning of all that follow
         stops = FILLER_STOPS if kind & 2 else ()
         sampling = SamplingParams(stop_token_ids=stops)
         namespace = NAMESPACES[kind & 1]
-        request = Request(rid, prompt, sampling, max_new_tokens, 0, priority, namespace)
+        logprobs = LogprobParams(min(kind // 8, len(prompt))) if kind & 4 else None
+        request = Request(rid, prompt, sampling, max_new_tokens, 0, priority, namespace, logprobs)
         room = self.limits.num_pages * self.limits.page_size
         stop_checker = StopChecker(request, frozenset({EOS}), tokenizer=None)
         if len(prompt) + max(max_new_tokens - 1, 0) > room:
@@ -98,12 +101,7 @@ class World:
 
     def read(self) -> None:
         schedule, out = self.inflight.popleft()
-        sampled = {
-            chunk.live.row: [step[chunk.live.row] for step in out[: schedule.num_steps]]
-            for chunk in schedule.chunks
-            if not chunk.is_stale
-        }
-        for update in self.scheduler.update(schedule, sampled):
+        for update in self.scheduler.update(schedule, out):
             self.take(update)
 
     def step(self) -> None:
@@ -173,6 +171,7 @@ class World:
         tokens, end = solo(request)
         assert self.output[rid] == tokens[: len(self.output[rid])], "not the output of a solo run"
         assert update.cached_tokens < len(request.prompt_ids)
+        self.take_logprobs(request, update)
         if reason is None:
             return
         self.ended[rid] = reason
@@ -180,6 +179,30 @@ class World:
             assert rid in self.aborted
         else:
             assert self.output[rid] == tokens and reason.type == end
+
+    def take_logprobs(self, request: Request, update: RequestUpdate) -> None:
+        """Each is told once, in order, with the news of its token; those of the prompt first."""
+        if request.logprobs is None:
+            assert update.logprobs is None and update.prompt_logprobs is None
+            return
+        if update.prompt_logprobs is not None:
+            self.prompt_scores[request.rid] += update.prompt_logprobs.chosen
+        first = request.logprobs.start + 1
+        expected = self.scores_of(request.prompt_ids, first, request.namespace)
+        told = self.prompt_scores[request.rid]
+        assert told == expected[: len(told)]
+        if not update.token_ids:
+            return
+        assert told == expected, "tokens come after all logprobs of the prompt"
+        output = self.output[request.rid]
+        first = len(request.prompt_ids) + len(output) - len(update.token_ids)
+        tokens = [*request.prompt_ids, *output]
+        assert update.logprobs.chosen == self.scores_of(tokens, first, request.namespace)
+
+    @staticmethod
+    def scores_of(tokens: list[int], first: int, namespace: str) -> list[float]:
+        chain = chain_of(tokens, namespace)
+        return [score_of(chain[i - 1], tokens[i]) for i in range(first, len(tokens))]
 
     def check(self) -> None:
         scheduler = self.scheduler
