@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,7 +17,7 @@ from jaxserve.state import State, StateShape
 from jaxserve.step_plan import NUM_EXTRAS, PATCH_HEADER, SAMPLERS, StepPlan, ints
 from jaxserve.step_result import StepResult
 
-COMPILERS = 4  # threads; XLA compiles outside the GIL
+COMPILERS = max(4, os.cpu_count() or 4)  # threads; XLA compiles outside the GIL
 EXTRAS_LINES = 4  # in one upload: rows that need any seldom begin together
 
 
