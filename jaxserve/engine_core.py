@@ -111,13 +111,7 @@ class EngineCore:
 
     def _read(self) -> list[RequestUpdate]:
         schedule, fresh = self._inflight.popleft()
-        out = self._runner.read(fresh).tolist()  # by step and row: token, what became of the row
-        sampled = {
-            chunk.live.row: [tuple(step[chunk.live.row]) for step in out[: schedule.num_steps]]
-            for chunk in schedule.chunks
-            if not chunk.is_stale
-        }
-        return self.scheduler.update(schedule, sampled)
+        return self.scheduler.update(schedule, self._runner.read(fresh))
 
     def _count_failure(self, error: Exception) -> None:
         """Counts those between which the oldest request gets no token. Steps that succeed are not

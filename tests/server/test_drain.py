@@ -1,4 +1,4 @@
-"""What is under way when a server is told to end, beyond what its engine runs: each test ends one."""
+"""What is under way when a server is told to end, beyond what its engine runs."""
 
 import contextlib
 import json
