@@ -146,7 +146,8 @@ def make_request(
     _check_vocabulary(ids, "input_ids", info.vocab_size)
     _check_vocabulary(sampling.stop_token_ids, "stop_token_ids", info.vocab_size)
     _check_bias(sampling, info.vocab_size)
-    ids = _fit(ids, item.asked_tokens, info, allow_auto_truncate)
+    name = "text" if item.input_ids is None else "input_ids"
+    ids = _fit(ids, name, item.asked_tokens, info, allow_auto_truncate)
     room = info.max_req_len - len(ids) - 1
     wanted = room if sampling.max_new_tokens is None else sampling.max_new_tokens
     seed = sampling.sampling_seed if sampling.sampling_seed is not None else default_seed
@@ -209,7 +210,9 @@ def _check_bias(sampling: SamplingParams, vocab_size: int) -> None:
             )
 
 
-def _fit(ids: list[int], asked: int | None, info: EngineInfo, truncate: bool) -> list[int]:
+def _fit(
+    ids: list[int], name: str, asked: int | None, info: EngineInfo, truncate: bool
+) -> list[int]:
     context = info.context_length
     longest = max(info.max_req_len - RESERVED, 1)
     if truncate:
@@ -218,13 +221,13 @@ def _fit(ids: list[int], asked: int | None, info: EngineInfo, truncate: bool) ->
         raise RequestError(
             f"The input ({len(ids)} tokens) is longer than the model's context length "
             f"({context} tokens).",
-            param="input_ids",
+            param=name,
         )
     if len(ids) > longest:
         raise RequestError(
             f"Input length ({len(ids)} tokens) exceeds the maximum allowed length "
             f"({longest} tokens). Use a shorter input or enable --allow-auto-truncate.",
-            param="input_ids",
+            param=name,
         )
     total = len(ids) + (asked or 0)
     if total > context:

@@ -76,7 +76,13 @@ BAD_PROMPTS = [
     (ids([2**63]), "input_ids", "out-of-vocabulary"),
     (ids([5] * 4091), "input_ids", "Input length (4091 tokens) exceeds the maximum allowed length"),
     (ids([5] * 4096), "input_ids", "(4096 tokens) is longer than the model's context length (4096"),
-    (body(text="a " * 90_000), "input_ids", "is longer than the model's context length"),
+    (body(text="a " * 4_090), "text", "is longer than the model's context length (4096 tokens)"),
+    (body(text="a " * 90_000), "text", "(180000 characters) is longer than the model's context"),
+    (
+        body(text=["a", "漢字" * (1 << 19)]),
+        "text",
+        "(1048576 characters) is longer than the model's",
+    ),
     (body(text=["a", "b"], input_ids=[[1]]), "input_ids", "2 texts"),
     (body(text=["a"], input_ids=[1]), "input_ids", "list of token ids"),
 ]
