@@ -168,7 +168,7 @@ def _load_tokenizer(config: EngineConfig, model_folder: str) -> tuple[Tokenizer 
         return None, None
     folder = model_folder
     if config.tokenizer_path:
-        folder = hub.resolve(config.tokenizer_path, download_dir=config.download_dir)
+        folder = hub.resolve(config.tokenizer_path, {"tokenizer"}, download_dir=config.download_dir)
     return Tokenizer(folder), folder
 
 
