@@ -95,9 +95,7 @@ def _download(name: str, parts: set[Part], where: dict[str, Any], missing: str) 
 def _unreachable(name: str, missing: str) -> str:
     from huggingface_hub import constants
 
-    cached = (
-        f"is in the hub's cache without its {missing}" if missing else "is not in the hub's cache"
-    )
+    cached = f"is in the hub's cache without its {missing}" if missing else "is not cached"
     offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
     return (
         f"{name} is no folder, {cached}, and the hub cannot be reached or has it not{offline}; "

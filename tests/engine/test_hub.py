@@ -12,6 +12,8 @@ import urllib.parse
 import pytest
 
 from jaxserve import hub
+from jaxserve.config import EngineConfig
+from jaxserve.model_loader import needed_parts
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -180,9 +182,23 @@ def test_weights_are_not_downloaded_where_none_are_needed(tmp_path, endpoint, pa
     assert {path.rpartition("/")[2] for _, path in endpoint.asked} >= set(SHARDS)
 
 
+@pytest.mark.parametrize(
+    "options,parts",
+    [
+        ({}, ALL),
+        ({"load_format": "dummy"}, {"config", "tokenizer"}),
+        ({"skip_tokenizer_init": True}, {"config", "weights"}),
+        ({"tokenizer_path": "other", "load_format": "dummy"}, {"config"}),
+    ],
+    ids=str,
+)
+def test_what_a_start_needs_of_a_model(options, parts):
+    assert needed_parts(EngineConfig(model_path="x", **options)) == parts
+
+
 def test_offline_says_what_to_do(tmp_path):
     told = resolve_elsewhere("org/absent", tmp_path, HF_HUB_OFFLINE="1")
-    assert told.startswith("org/absent is no folder, is not in the hub's cache, ")
+    assert told.startswith("org/absent is no folder, is not cached, and the hub cannot be reached")
     assert "HF_HUB_OFFLINE is set" in told and "--model-path" in told
 
 
