@@ -75,7 +75,7 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
     model = files.load(config.load_format, config.random_seed or 0)
     width = pages_per_row(files.config.context_length, config.page_size)
     shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
-    runner = _build_runner(model, shape, memory, buckets)
+    runner = _build_runner(model, shape, memory, buckets, is_cpu)
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
         allocator,
@@ -140,7 +140,9 @@ def _state_shape(
     )
 
 
-def _build_runner(model, shape: StateShape, memory: MemoryPlan, buckets: Buckets) -> Runner:
+def _build_runner(
+    model, shape: StateShape, memory: MemoryPlan, buckets: Buckets, is_cpu: bool
+) -> Runner:
     half = memory.kv_cache_bytes / 2e9
     logger.info(
         "KV Cache is allocated. #tokens: %d, K size: %.2f GB, V size: %.2f GB",
@@ -149,8 +151,19 @@ def _build_runner(model, shape: StateShape, memory: MemoryPlan, buckets: Buckets
         half,
     )
     began = time.perf_counter()
-    runner = Runner(*model, shape, buckets, _report_compiled)
-    logger.info("Compiled in %.1f s.", time.perf_counter() - began)
+    try:
+        runner = Runner(*model, shape, buckets, _report_compiled)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"out of memory, lower --mem-fraction-static: {error}") from error
+    logger.info(
+        "Compiled in %.1f s. The programs need up to %.2f GB.",
+        time.perf_counter() - began,
+        runner.program_bytes / 1e9,
+    )
+    if not is_cpu:
+        memory.check_programs(runner.program_bytes)
     return runner
 
 

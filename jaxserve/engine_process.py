@@ -30,7 +30,7 @@ def main() -> None:
     config = EngineConfig(**msgspec.json.decode(sys.stdin.readline()))
     threading.Thread(target=_die_with_parent, daemon=True).start()
     logs.set_up(config.log_level)
-    _configure_jax(config)
+    configure_jax(config)
     socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.set_hwm(0)
     socket.connect(address)
@@ -52,12 +52,16 @@ def _die_with_parent() -> None:
     os._exit(0)  # the parent is gone: nobody is left to answer, or to be told
 
 
-def _configure_jax(config: EngineConfig) -> None:
+def configure_jax(config: EngineConfig) -> None:
     """What jax reads from the environment when it is first imported."""
     if config.device != "auto":
         os.environ["JAX_PLATFORMS"] = config.device
     # The memory plan divides what JAX may take; three quarters, its default, is for notebooks.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    # JAX would take its share of every device that it sees, and one is used: the first of those
+    # that the user lets us see.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     # XLA warns dozens of times per compile, of timers and of memory that the KV cache takes on
     # purpose; its errors are still shown.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -41,7 +41,7 @@ def inverse_frequencies(
             frequencies, scale = _frequencies(rope, head_dim, context_length)
     except (OverflowError, ZeroDivisionError):
         frequencies, scale = np.full(1, np.nan), 1.0
-    if not ((0 < frequencies) & (frequencies < np.inf)).all() or not math.isfinite(scale):
+    if not ((frequencies > 0) & (frequencies < np.inf)).all() or not math.isfinite(scale):
         raise ValueError(f"config.json: no frequencies follow from {rope}")
     return frequencies.astype(np.float32), scale
 

@@ -50,6 +50,14 @@ def test_generates(engine):
     assert list(answer) == ["text", "output_ids", "meta_info"]
 
 
+def test_knows_what_its_programs_need(engine):
+    """The hungriest holds at least the scores of its rows, and never a second KV cache."""
+    needed, info = engine._core._runner.program_bytes, engine._core.info
+    print(f"{needed / 1e6:.2f} MB of temporary arrays, {info.kv_cache_bytes / 1e6:.2f} MB of cache")
+    scores = info.max_running_requests * info.vocab_size * 4
+    assert scores <= needed < info.kv_cache_bytes
+
+
 def test_batch_is_a_list_in_order(engine):
     texts = [QUESTION, LONG, "Once upon a time", QUESTION, "Kenya", QUESTION]
     answers = engine.generate(texts, MORE)
