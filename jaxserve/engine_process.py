@@ -29,7 +29,7 @@ def main() -> None:
     config = EngineConfig(**msgspec.json.decode(sys.stdin.readline()))
     threading.Thread(target=_die_with_parent, daemon=True).start()
     logs.set_up(config.log_level)
-    _configure_jax(config)
+    configure_jax(config)
     socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.set_hwm(0)
     socket.connect(address)
@@ -47,8 +47,8 @@ def _die_with_parent() -> None:
     os._exit(0)  # the parent is gone: nobody is left to answer, or to be told
 
 
-def _configure_jax(config: EngineConfig) -> None:
-    """What jax reads from the environment when it is first imported."""
+def configure_jax(config: EngineConfig) -> None:
+    """What jax reads from the environment when it is first imported; for a process that is ours."""
     if config.device != "auto":
         os.environ["JAX_PLATFORMS"] = config.device
     # The memory plan divides what JAX may take; three quarters, its default, is for notebooks.
