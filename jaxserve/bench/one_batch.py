@@ -68,7 +68,7 @@ def figures(timelines: list[Timeline]) -> dict[str, Any]:
         "latency_ms": (max(timeline.finished for timeline in timelines) - last.sent) * 1e3,
     }
     decode = [(time, count) for time, count in last.events[1:] if time <= first_finish]
-    if decode or len(timelines) == 1:
+    if decode:
         together = Timeline(last.asked_tokens, last.due, last.sent, [(began, had), *decode])
         steps = together.num_tokens - had
         per_step = (together.finished - began) / steps

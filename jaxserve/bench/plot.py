@@ -21,14 +21,19 @@ BARS = (
 
 
 def draw(records: list[dict[str, Any]], path: str, metrics: tuple[str, ...] = ()) -> None:
+    """Writes the figure; the suffix of `path` says the format. Raises as `make_figure` does, and
+    ValueError for a suffix that is no format."""
+    make_figure(records, metrics).savefig(path)
+
+
+def make_figure(records: list[dict[str, Any]], metrics: tuple[str, ...] = ()):
     """Throughput against latency, a line per label; and bars of each metric, a bar per run.
 
     Args:
-      path: the figure; its suffix says the format.
       metrics: names with dots for what is nested; by default those of `BARS` that are there.
 
     Raises:
-      ValueError: no record has a metric that is asked for, or the suffix is no format.
+      ValueError: no record has a metric that is asked for.
       ModuleNotFoundError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure  # an extra; and no pyplot: no display is needed
@@ -45,7 +50,7 @@ def draw(records: list[dict[str, Any]], path: str, metrics: tuple[str, ...] = ()
     for index, name in enumerate(names):
         place = grid[1 + index // columns, index % columns]
         _plot_bars(figure.add_subplot(place), runs, name)
-    figure.savefig(path)
+    return figure
 
 
 def value_of(run: dict[str, Any], name: str) -> float | None:
