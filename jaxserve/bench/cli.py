@@ -20,16 +20,19 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDied
 from jaxserve.flags import add_flags, take
 
+DESCRIPTIONS = {
+    "offline": "an engine in this process, without HTTP",
+    "one-batch": "one batch in such an engine: its prefill and its decode steps",
+    "serve": "a load on a running server, jaxserve's or another with SGLang's /generate",
+    "plot": "results of the above as a figure",
+}
 USAGE = """usage: jaxserve bench COMMAND [OPTIONS]
 
 commands:
-  offline    an engine in this process, without HTTP
-  one-batch  one batch in such an engine: its prefill and its decode steps
-  serve      a load on a running server, jaxserve's or another with SGLang's /generate
-  plot       results of the above as a figure
+{}
 
 `jaxserve bench COMMAND --help` lists the options.
-"""
+""".format("\n".join(f"  {command:11}{text}" for command, text in DESCRIPTIONS.items()))
 
 
 def main(arguments: list[str]) -> int:
@@ -128,7 +131,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def parse(command: str, arguments: list[str], *kinds: type) -> list[Any]:
     """The configurations of the kinds that a command takes. Exits 2 on a bad flag."""
-    parser = argparse.ArgumentParser(prog=f"jaxserve bench {command}")
+    description = f"Measures {DESCRIPTIONS[command]}."
+    parser = argparse.ArgumentParser(prog=f"jaxserve bench {command}", description=description)
     add_flags(parser, *kinds)
     values = vars(parser.parse_args(arguments))
     try:

@@ -27,7 +27,7 @@ class HttpClient:
         self._is_secure = parts.scheme == "https"
         self._address = parts.hostname, parts.port or (443 if self._is_secure else 80)
         self._path, self._timeout = parts.path.rstrip("/"), timeout
-        self._headers = f"Host: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        self._headers = f"Host: {parts.netloc}\r\n"
         if api_key is not None:
             self._headers += f"Authorization: Bearer {api_key}\r\n"
         self._idle: list[_Connection] = []
@@ -45,7 +45,9 @@ class HttpClient:
           TimeoutError: the response is not there in time.
         """
         head = f"{method} {self._path}{path} HTTP/1.1\r\n{self._headers}"
-        message = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        if method != "GET":
+            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        message = f"{head}\r\n".encode() + body
         async with asyncio.timeout(self._timeout):
             while True:
                 connection, is_fresh = await self._connect()

@@ -62,23 +62,31 @@ def value_of(run: dict[str, Any], name: str) -> float | None:
 
 
 def _plot_lines(axes, runs: list[tuple[str, dict[str, Any]]]) -> None:
-    """The first latency and the first throughput that any run has."""
-    x = next((name for name in LATENCIES if any(value_of(run, name) for _, run in runs)), None)
-    y = next((name for name in THROUGHPUTS if any(value_of(run, name) for _, run in runs)), None)
+    """Of the latencies and the throughputs, those that most runs have."""
+    x, y = _most_common(LATENCIES, runs), _most_common(THROUGHPUTS, runs)
     axes.set(xlabel=x, ylabel=y, title="Throughput against latency")
-    for label in dict.fromkeys(label for label, _ in runs):
-        points = sorted(
-            (value_of(run, x), value_of(run, y), title(run["parameters"]))
-            for name, run in runs
-            if name == label and x and y and value_of(run, x) and value_of(run, y)
-        )
-        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=label)
-        for latency, throughput, text in points:
+    points: dict[str, list[tuple[float, float, str]]] = {}
+    for label, run in runs:
+        latency, throughput = value_of(run, x), value_of(run, y)
+        if latency is not None and throughput is not None:
+            point = (latency, throughput, title(run["parameters"]))
+            points.setdefault(label, []).append(point)
+    for label, line in points.items():
+        latencies, throughputs, texts = zip(*sorted(line), strict=True)
+        axes.plot(latencies, throughputs, marker="o", label=label)
+        for latency, throughput, text in zip(latencies, throughputs, texts, strict=True):
             offset = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
             axes.annotate(text, (latency, throughput), **offset)
+    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if points:
+        axes.legend()
+
+
+def _most_common(names: tuple[str, ...], runs: list[tuple[str, dict[str, Any]]]) -> str:
+    """The first of those that the most runs have."""
+    return max(names, key=lambda name: sum(value_of(run, name) is not None for _, run in runs))
 
 
 def _plot_bars(axes, runs: list[tuple[str, dict[str, Any]]], name: str) -> None:

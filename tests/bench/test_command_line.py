@@ -171,6 +171,18 @@ def test_plot_has_a_line_per_label_and_a_bar_per_run(results):
     }
 
 
+def test_plot_of_answers_in_one_piece_has_their_whole_latency(tmp_path):
+    from jaxserve.bench.plot import make_figure
+
+    whole = {"itl_ms": None, "latency_ms": LATENCIES}
+    lines, *_ = make_figure(
+        [record("a", run(1, 9.0, latency_ms=LATENCIES), run(2, 10.0, **whole))]
+    ).axes
+    assert lines.get_xlabel() == "latency_ms.p50"
+    (line,) = lines.lines
+    assert list(line.get_ydata()) == [9.0, 10.0]
+
+
 def test_plot_of_chosen_metrics(results, tmp_path, capsys):
     path = str(tmp_path / "figure.svg")
     assert main(["plot", *results, "--output", path, "--metric", "itl_ms.p90"]) == 0

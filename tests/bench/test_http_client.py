@@ -121,8 +121,9 @@ def test_a_server_that_closes_idle_connections_loses_no_request():
 
 def test_a_server_that_wants_no_more_requests_on_a_connection():
     head = STREAM.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
-    server = Scripted(head, *WHOLE[1:], chunk(b""), closes=True)
+    server = Scripted(head, *WHOLE[1:], chunk(b""))
     assert [timeline.error for timeline in ask(server, times=2)] == [None, None]
+    assert server.num_connections == 2
 
 
 FAILURES = {
