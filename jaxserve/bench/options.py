@@ -107,6 +107,8 @@ class LoadOptions:
             raise ValueError(f"--sampling-params is not JSON: {error}") from error
         if not isinstance(given, dict):
             raise ValueError("--sampling-params must be a JSON object")
+        if given.get("n", 1) != 1:
+            raise ValueError(f"--sampling-params: n is 1 here, not {given['n']!r}")
         return given
 
 

@@ -54,6 +54,7 @@ def test_help_of_a_command_loads_neither_jax_nor_anything_slow(command):
         (["serve", "--request-rate", "nan"], "--request-rate nan: must be above 0"),
         (["serve", "--sampling-params", "{"], "--sampling-params is not JSON"),
         (["serve", "--sampling-params", "[]"], "--sampling-params must be a JSON object"),
+        (["serve", "--sampling-params", '{"n": 2}'], "--sampling-params: n is 1 here, not 2"),
         (["serve", "--timeout", "0"], "--timeout 0.0: must be above 0"),
         (["serve", "--port", "0"], "--port 0: must be from 1 to 65535"),
         (["one-batch", "--model-path", "x", "--output-len", "1"], "--output-len 1: must be at"),
