@@ -64,6 +64,7 @@ class EngineCore:
             return self._add(message.request)
         if isinstance(message, AbortRequest):
             update = self.scheduler.abort(message.rid)
+            self._note_idle()
             return [StepOutput([update])] if update else []
         return [self._call(message)]
 
@@ -98,7 +99,13 @@ class EngineCore:
             return None
         if is_dispatched and len(self._inflight) <= RUN_AHEAD:
             return StepOutput([])
-        return StepOutput(self._read())
+        output = StepOutput(self._read())
+        self._note_idle()
+        return output
+
+    def _note_idle(self) -> None:
+        if not self.has_work:
+            self._log.on_idle()
 
     def _dispatch(self) -> bool:
         schedule = self.scheduler.schedule()

@@ -53,7 +53,7 @@ def _die_with_parent() -> None:
 
 
 def configure_jax(config: EngineConfig) -> None:
-    """What jax reads from the environment when it is first imported."""
+    """What jax reads from the environment when it is first imported; for a process that is ours."""
     if config.device != "auto":
         os.environ["JAX_PLATFORMS"] = config.device
     # The memory plan divides what JAX may take; three quarters, its default, is for notebooks.

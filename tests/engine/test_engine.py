@@ -116,6 +116,26 @@ def test_slow_reader_gets_what_it_missed_in_one_piece(engine):
     assert len(rest) <= 2 and len(rest[-1]["output_ids"]) == 100
 
 
+def test_throughput_does_not_count_the_time_without_work(engine):
+    """The log's window of forty decode steps goes on after a pause."""
+
+    def throughput() -> float:
+        return engine._frontend.call("internal_state").result()["last_gen_throughput"]
+
+    for _ in range(40):
+        before = throughput()
+        engine.generate(QUESTION, MORE | {"max_new_tokens": 3})
+        if throughput() != before:
+            break  # a window has just begun
+    began = time.monotonic()
+    engine.generate(QUESTION, MORE | {"max_new_tokens": 31})
+    seconds = time.monotonic() - began
+    time.sleep(1)
+    engine.generate(QUESTION, MORE | {"max_new_tokens": 16})
+    print(f"{throughput():.0f} tokens/s after a pause, 30 in {seconds:.2f} s before it")
+    assert throughput() > 0.2 * 30 / seconds
+
+
 @pytest.mark.parametrize("taken", [0, 1, 3])
 def test_closing_a_stream_frees_its_row(engine, taken):
     answers = engine.generate(QUESTION, ENDLESS, stream=True)

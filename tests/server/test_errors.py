@@ -76,7 +76,7 @@ BAD_PROMPTS = [
     (ids([2**63]), "input_ids", "out-of-vocabulary"),
     (ids([5] * 4091), "input_ids", "Input length (4091 tokens) exceeds the maximum allowed length"),
     (ids([5] * 4096), "input_ids", "(4096 tokens) is longer than the model's context length (4096"),
-    (body(text="a " * 4_090), "text", "is longer than the model's context length (4096 tokens)"),
+    (body(text="a " * 4_100), "text", "is longer than the model's context length (4096 tokens)"),
     (body(text="a " * 90_000), "text", "(180000 characters) is longer than the model's context"),
     (
         body(text=["a", "漢字" * (1 << 19)]),
@@ -268,6 +268,41 @@ def test_wrong_path_or_method_is_an_error_in_json(client, method, path, status):
     assert response.json()["error"]["message"]
     if status == 405:
         assert response.headers["allow"]
+
+
+OTHER_SITES = [
+    {"Origin": "http://evil.example"},
+    {"Origin": "https://127.0.0.1"},
+    {"Origin": "null"},
+    {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "cross-site"},  # an image of a page, say
+    {"Sec-Fetch-Site": "same-site"},
+]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("headers", OTHER_SITES, ids=str)
+def test_page_of_another_site_changes_nothing(server, client, method, headers):
+    before = len(server.output)
+    response = client.request(method, "/flush_cache", headers=headers)
+    print(response.text)
+    assert response.status_code == 403
+    assert "is refused to pages of another origin" in response.json()["error"]["message"]
+    assert "flushed" not in server.output[before:]
+
+
+def test_own_page_and_programs_may_change_what_they_like(server, client):
+    host = server.url.removeprefix("http://")
+    for headers in (
+        {},
+        {"Origin": server.url},
+        {"Origin": f"https://{host}"},  # behind a proxy that ends TLS
+        {"Origin": server.url, "Sec-Fetch-Site": "same-origin"},
+        {"Origin": "https://proxy.example", "Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},  # typed by the user
+        {"Origin": "HTTP://LOCALHOST:8000", "Host": "localhost:8000"},
+    ):
+        assert client.post("/flush_cache", headers=headers).status_code == 200, headers
 
 
 def test_body_over_the_limit_is_413(client):
