@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+MOST_WORDS = 900  # characters of a message
+
 
 class RequestError(ValueError):
     """A request that cannot be served as it is; the message is for the one who sent it."""
@@ -14,7 +16,8 @@ class RequestError(ValueError):
         status: int = 400,
         headers: Mapping[str, str] | None = None,  # of the answer over HTTP
     ):
-        super().__init__(message)
+        # Many repeat what was sent, which may be the whole body.
+        super().__init__(message if len(message) <= MOST_WORDS else f"{message[:MOST_WORDS]}...")
         self.param = param
         self.status = status
         self.headers = dict(headers or {})

@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from typing import Any
 
 from sanic import Request, Sanic
 from sanic.exceptions import SanicException
@@ -13,6 +14,15 @@ from jaxserve.frontend import Frontend
 from jaxserve.server import bodies, control, generate, info, openai
 
 logger = logging.getLogger("jaxserve.server.access")
+
+
+class _Request(Request):
+    """Sanic makes a second request of one that it cannot read, to answer it: not of the same URL,
+    which may be what it cannot read."""
+
+    def __init__(self, url_bytes: bytes, *arguments: Any, method: str, **options: Any):
+        url_bytes = b"*" if method == "NONE" else url_bytes
+        super().__init__(url_bytes, *arguments, method=method, **options)
 
 
 class _App(Sanic):
@@ -28,7 +38,8 @@ class _App(Sanic):
 
 def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
     """An application that answers from `frontend`. Names are unique, so tests may make several."""
-    app = _App(f"jaxserve-{uuid.uuid4().hex[:8]}", configure_logging=False)
+    name = f"jaxserve-{uuid.uuid4().hex[:8]}"
+    app = _App(name, configure_logging=False, request_class=_Request)
     app.config.FALLBACK_ERROR_FORMAT = "json"
     app.config.REQUEST_MAX_SIZE = config.max_request_bytes
     app.config.RESPONSE_TIMEOUT = float("inf")  # a long generation is no fault

@@ -38,6 +38,7 @@ def empty(status: int = 200) -> HTTPResponse:
 
 def error_content(message: str, status: int, param: str | None = None) -> dict[str, Any]:
     """The same for every route, and for the last event of a stream."""
+    message = message.encode(errors="replace").decode()  # it may repeat a header that is no text
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "code": status, "param": param}}
 
