@@ -84,12 +84,13 @@ class FailingRunner:
         self._maybe_fail("before dispatch", plan)
         fresh = self._runner.dispatch(plan)
         self._maybe_fail("after dispatch", plan)
-        return plan, fresh
+        return plan, fresh, self.num_resets
 
     def read(self, fresh):
-        plan, array = fresh
+        plan, arrays, num_resets = fresh
         self._maybe_fail("read", plan)
-        return self._runner.read(array)
+        assert num_resets == self.num_resets, "what followed a step that failed has failed too"
+        return self._runner.read(arrays)
 
     def reset(self) -> None:
         self.num_resets += 1
