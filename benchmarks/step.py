@@ -87,6 +87,7 @@ class Bench:
             extend_tokens=(extend,) if extend else (),
             patch_lines=tuple(sorted({min(4, rows), rows})),
             copies=(1,),
+            decode_steps=(num_steps,),
         )
         graphdef, params = create_model(config, key=jax.random.key(0))
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -117,6 +117,8 @@ class Engine:
         except BaseException as error:
             self._frontend.die(EngineDied(f"the engine failed: {type(error).__name__}: {error}"))
             raise
+        finally:
+            self._core.close()
 
     def _take_messages(self) -> bool:
         """Takes in what has arrived, waiting where there is nothing to run; False at the end."""

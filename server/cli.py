@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import subprocess
 import sys
 import types
 import typing
@@ -15,6 +16,7 @@ USAGE = """usage: jaxserve COMMAND [OPTIONS]
 
 commands:
   serve      serve a model over HTTP (jaxserve serve --help)
+  replay     execute a recorded run again and compare its tokens (jaxserve replay --help)
 
 options:
   --version  print the version
@@ -26,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command == "serve":
         return serve(rest)
+    if command == "replay":
+        return replay(rest)
     if command in ("--version", "-V"):
         print(f"jaxserve {jaxserve.__version__}")
         return 0
@@ -39,6 +43,14 @@ def serve(arguments: list[str]) -> int:
     from jaxserve.server.lifecycle import run  # not for --help: sanic and zmq take their time
 
     return run(config, ignored)
+
+
+def replay(arguments: list[str]) -> int:
+    """In a process of its own, because it loads jax."""
+    try:
+        return subprocess.run([sys.executable, "-m", "jaxserve.replay", *arguments]).returncode
+    except KeyboardInterrupt:
+        return 130  # both have got it
 
 
 def parse(arguments: list[str]) -> tuple[ServerConfig, list[str]]:

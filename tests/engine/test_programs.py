@@ -59,7 +59,12 @@ def compiled() -> Runner:
     )
     sizes = (MAX_ROWS,)
     buckets = Buckets(
-        decode_rows=sizes, extend_rows=sizes, extend_tokens=(8,), patch_lines=sizes, copies=sizes
+        decode_rows=sizes,
+        extend_rows=sizes,
+        extend_tokens=(8,),
+        patch_lines=sizes,
+        copies=sizes,
+        decode_steps=(1, NUM_STEPS),
     )
     return Runner(*create_model(config, key=jax.random.key(0)), shape, buckets)
 
