@@ -15,6 +15,7 @@ class Buckets:
     patch_lines: tuple[int, ...]
     copies: tuple[int, ...]
     decode_steps: tuple[int, ...]  # in one dispatch
+    scores: int  # prompt tokens that one program scores
 
     @classmethod
     def make(
@@ -33,6 +34,8 @@ class Buckets:
             # The scheduler plans no other number: where anybody has a prompt left, the step is an
             # extend step.
             decode_steps=(num_decode_steps,),
+            # All their logits are there at once.
+            scores=256 if growth <= 2 else 64,
         )
 
     def extend_shapes(self) -> list[tuple[int, int]]:

@@ -78,6 +78,12 @@ def _build(config: EngineConfig, clock: Callable[[], float], counter: CompileCou
     log_file = create_file(config.record_plans) if config.record_plans else None
     tokenizer, tokenizer_folder = _load_tokenizer(config, files.folder)
     sizes = Sizes.of(config, is_cpu)
+    buckets = Buckets.make(
+        sizes.max_rows,
+        sizes.max_prefill_tokens,
+        sizes.bucket_growth,
+        config.num_continuous_decode_steps,
+    )
     memory = plan_memory(
         config,
         files.config,
@@ -85,16 +91,12 @@ def _build(config: EngineConfig, clock: Callable[[], float], counter: CompileCou
         device_bytes=device_memory(device),
         max_rows=sizes.max_rows,
         is_cpu=is_cpu,
+        state_bytes=_state_shape(config, files, sizes, buckets, num_pages=2).num_bytes,
     )
     logger.info("%s", memory)
-    buckets = Buckets.make(
-        sizes.max_rows,
-        sizes.max_prefill_tokens,
-        sizes.bucket_growth,
-        config.num_continuous_decode_steps,
-    )
     model = files.load(config.load_format, config.random_seed or 0)
-    shape = _state_shape(config, files, memory, sizes)
+    _log_kv_cache(memory)
+    shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
     runner = build_runner(model, shape, buckets)
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
@@ -153,26 +155,32 @@ def build_runner(model, shape: StateShape, buckets: Buckets) -> Runner:
 
 
 def _state_shape(
-    config: EngineConfig, files: ModelFiles, memory: MemoryPlan, sizes: Sizes
+    config: EngineConfig, files: ModelFiles, sizes: Sizes, buckets: Buckets, num_pages: int
 ) -> StateShape:
+    model = files.config
+    return StateShape(
+        max_rows=sizes.max_rows,
+        pages_per_row=pages_per_row(model.context_length, config.page_size),
+        max_steps=config.num_continuous_decode_steps,
+        max_tokens=buckets.extend_tokens[-1],
+        num_layers=model.num_layers,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        dtype=jnp.dtype(model.dtype),
+    )
+
+
+def _log_kv_cache(memory: MemoryPlan) -> None:
     half = memory.kv_cache_bytes / 2e9
     logger.info(
         "KV Cache is allocated. #tokens: %d, K size: %.2f GB, V size: %.2f GB",
         memory.max_total_tokens,
         half,
         half,
-    )
-    return StateShape(
-        max_rows=sizes.max_rows,
-        pages_per_row=pages_per_row(files.config.context_length, memory.page_size),
-        max_steps=config.num_continuous_decode_steps,
-        num_layers=files.config.num_layers,
-        num_pages=memory.num_pages,
-        page_size=memory.page_size,
-        num_kv_heads=files.config.num_kv_heads,
-        head_dim=files.config.head_dim,
-        hidden_size=files.config.hidden_size,
-        dtype=jnp.dtype(files.config.dtype),
     )
 
 

@@ -100,16 +100,11 @@ class EngineCore:
 
     def _read(self) -> list[RequestUpdate]:
         schedule, fresh = self._inflight.popleft()
-        out = self._runner.read(fresh).tolist()  # by step and row: token, what became of the row
+        result = self._runner.read(fresh)
         if self._recorder is not None:
             taken = (chunk for chunk in schedule.chunks if chunk.num_samples and not chunk.is_stale)
-            self._recorder.read([chunk.live.row for chunk in taken], out)
-        sampled = {
-            chunk.live.row: [tuple(step[chunk.live.row]) for step in out[: schedule.num_steps]]
-            for chunk in schedule.chunks
-            if not chunk.is_stale
-        }
-        return self.scheduler.update(schedule, sampled)
+            self._recorder.read([chunk.live.row for chunk in taken], result.drawn)
+        return self.scheduler.update(schedule, result)
 
     def _recover(self) -> None:
         """A failed step takes the donated state with it: everybody is computed anew, and no

@@ -15,6 +15,7 @@ import msgspec
 from jaxserve.buckets import Buckets
 from jaxserve.config import EngineConfig
 from jaxserve.step_plan import RUNNING, StepPlan
+from jaxserve.step_result import Draws
 
 MAGIC = b"jaxserve plan log\n"
 VERSION = 1  # of the records and of what a plan packs: raise it when an old log would mislead
@@ -47,8 +48,8 @@ class Drawn(msgspec.Struct, frozen=True, tag="drawn"):
     draws: list[list[list[int]]]  # by decode step and row: token, what became of the row
 
     @classmethod
-    def of(cls, step: int, rows: list[int], result: Sequence[Sequence[Sequence[int]]]) -> "Drawn":
-        """Of what `Runner.read` returns, as lists."""
+    def of(cls, step: int, rows: list[int], result: Sequence[Draws]) -> "Drawn":
+        """Of `StepResult.drawn`."""
         return cls(step, rows, [[list(drawn[row][:2]) for row in rows] for drawn in result])
 
     def tokens(self) -> Iterator[tuple[int, int, list[int]]]:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from jaxserve.plan_log import MAGIC, Dispatched, Drawn, Header, Reset, encode, is_plan_log
 from jaxserve.step_plan import StepPlan
+from jaxserve.step_result import Draws
 
 logger = logging.getLogger(__name__)
 WRITE_SECONDS = 0.25  # what a killed process may lose
@@ -49,24 +50,23 @@ class PlanRecorder:
         self._put_bytes = self._written_bytes = 0
         self._is_over = False
         self._closing = threading.Event()
-        self._unread: collections.deque[StepPlan] = collections.deque()
+        self._unread: collections.deque[int] = collections.deque()  # steps
         self._put(MAGIC + encode(header))
         self._thread = threading.Thread(target=self._run, name="jaxserve-plan-log", daemon=True)
         self._thread.start()
 
     def dispatch(self, plan: StepPlan) -> None:
-        self._unread.append(plan)
+        self._unread.append(plan.step)
         self._put(encode(Dispatched(plan)))
 
-    def read(self, rows: list[int], result: Sequence[Sequence[Sequence[int]]]) -> None:
+    def read(self, rows: list[int], result: Sequence[Draws]) -> None:
         """Of the oldest step that is not read yet.
 
         Args:
           rows: those whose tokens the scheduler takes in.
-          result: by decode step and row: token, what has become of the row.
+          result: `StepResult.drawn`.
         """
-        plan = self._unread.popleft()
-        self._put(encode(Drawn.of(plan.step, rows, result[: plan.num_steps])))
+        self._put(encode(Drawn.of(self._unread.popleft(), rows, result)))
 
     def reset(self) -> None:
         self._unread.clear()

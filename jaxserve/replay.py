@@ -72,8 +72,8 @@ def compare(runner, records: Iterable[Record]) -> Comparison:
         elif isinstance(record, Drawn):
             if record.step not in unread:
                 raise ValueError(f"the log tells of step {record.step}, but never had it executed")
-            result = runner.read(unread.pop(record.step)).tolist()[: len(record.draws)]
-            comparison.add(record, Drawn.of(record.step, record.rows, result))
+            result = runner.read(unread.pop(record.step))
+            comparison.add(record, Drawn.of(record.step, record.rows, result.drawn))
         elif isinstance(record, Reset):
             unread.clear()
             runner.reset()

@@ -41,6 +41,7 @@ SAMPLING = [
     {"temperature": 0.0},
     {"temperature": 1.5, "sampling_seed": 1},
     {"temperature": 1.0, "top_k": 20, "sampling_seed": 2},
+    {"frequency_penalty": 1.0, "repetition_penalty": 1.1, "logit_bias": {"300": 2.0}, "min_p": 0.1},
     {"temperature": 2.0, "top_p": 0.7},
 ]
 NUM_TOKENS = 60
@@ -68,7 +69,9 @@ def path(pytestconfig, tmp_path_factory) -> pathlib.Path:
         first = engine.generate(texts, sampling)
         state = engine._frontend.call("internal_state").result()
         fail_once(engine)
-        second = engine.generate(texts[:3], sampling[:3])
+        second = engine.generate(
+            texts[:3], sampling[:3], return_logprob=True, logprob_start_len=0, top_logprobs_num=2
+        )
     answers = [answer["meta_info"] for answer in (*first, *second)]
     print(f"retractions: {state['num_retractions']}")
     print(f"cached tokens: {[answer['cached_tokens'] for answer in answers]}")
@@ -146,7 +149,10 @@ def test_log_holds_all_kinds_of_steps(records):
         "full chunks": sum(count >= 39 for count in tokens),
         "copies of pages": sum(bool(plan.copies) for plan in run),
         "decode steps": sum(plan.kind == "decode" for plan in run),
-        "sampled": sum(plan.sampler != "greedy" for plan in run),
+        "steps of the full sampler": sum(plan.sampler == "full" for plan in run),
+        "rows that count tokens": sum(bool(plan.counts) for plan in run),
+        "rows with a bias": sum(bool(plan.extras) for plan in run),
+        "scored prompts": sum(bool(plan.scores) for plan in run),
         "resets": sum(isinstance(record, Reset) for record in records),
     }
     print(counts)
@@ -290,9 +296,24 @@ def test_dump_prints_the_records_without_jax(path, records):
     first = json.loads(lines[0])
     prompt = Tokenizer(DEMO_MODEL).encode(QUESTION)
     assert first["forward"][0] == {"row": 0, "samples": True, "tokens": prompt}
-    (change, *_) = first["patch"]["rows"]
+    changes = [change for line in map(json.loads, lines) for change in patched_rows(line)]
+    change = changes[0]
     assert (change["row"], change["limit"]) == (0, len(prompt) + NUM_TOKENS - 1)
     assert change["pages"] and 0 not in change["pages"]
+    hot = next(change for change in changes if change["sampling"]["temperature"] == 1.5)
+    assert hot["sampling"] | {"top_k": -1, "top_p": 1.0, "seed": 1} == hot["sampling"]
+    penal = next(change for change in changes if change["sampling"]["repetition_penalty"] == 1.1)
+    assert penal["sampling"] | {"frequency_penalty": 1.0, "min_p": 0.1} == penal["sampling"]
+    extras = next(line["extras"] for line in map(json.loads, lines) if "extras" in line)
+    assert extras[0]["row"] == penal["row"] and extras[0]["logit_bias"] == {"300": 2.0}
+    counts = [one for line in map(json.loads, lines) for one in line.get("counts", [])]
+    print(counts)
+    assert counts[0] == {"row": penal["row"], "tokens": []}
+    assert counts[1]["tokens"], "it was retracted, and its output is counted again"
+
+
+def patched_rows(line: dict) -> list[dict]:
+    return line.get("patch", {}).get("rows", [])
 
 
 def test_dump_loads_no_jax(path):
