@@ -36,7 +36,7 @@ MODEL = {
     "eos_token_id": 2,
 }
 LONGEST, MAX_ROWS, PAGE_SIZE = 600, 64, 16
-DECODED = 10  # tokens of a request: all of a batch decode together for some steps
+DECODED = 6  # tokens of a request that does not say how many
 # What a body of /generate may hold beside its prompt.
 OPTIONS = {
     "greedy": {"sampling_params": {"temperature": 0}},
@@ -44,8 +44,15 @@ OPTIONS = {
     "top_k": {"sampling_params": {"top_k": 5}},
     "top_k of 1": {"sampling_params": {"top_k": 1}},
     "top_p": {"sampling_params": {"top_p": 0.8}},
+    "min_p": {"sampling_params": {"min_p": 0.1}},
     "seed": {"sampling_params": {"sampling_seed": -7}},
-    "all of them": {"sampling_params": {"temperature": 2.0, "top_k": 99, "top_p": 0.5}},
+    "all filters": {"sampling_params": {"temperature": 2, "top_k": 9, "top_p": 0.5, "min_p": 0.1}},
+    "frequency_penalty": {"sampling_params": {"frequency_penalty": 1.0}},
+    "presence_penalty": {"sampling_params": {"presence_penalty": -1.0}},
+    "repetition_penalty": {"sampling_params": {"repetition_penalty": 1.2, "temperature": 0}},
+    "min_new_tokens": {"sampling_params": {"min_new_tokens": 5}},
+    "logit_bias": {"sampling_params": {"logit_bias": {"7": 3.0, "8": -100.0}}},
+    "n": {"sampling_params": {"n": 3}},
     "stop": {"sampling_params": {"stop": ["capital", "e"]}},
     "stop_token_ids": {"sampling_params": {"stop_token_ids": list(range(3, 1000, 9))}},
     "ignore_eos": {"sampling_params": {"ignore_eos": True}},
@@ -53,6 +60,12 @@ OPTIONS = {
     "one token": {"sampling_params": {"max_new_tokens": 1}},
     "priority": {"priority": 5},
     "cache_salt": {"cache_salt": "a"},
+    "logprobs": {"return_logprob": True},
+    "logprobs of the best": {"return_logprob": True, "sampling_params": {"temperature": 0}},
+    "top_logprobs_num": {"return_logprob": True, "top_logprobs_num": 3},
+    "token_ids_logprob": {"return_logprob": True, "token_ids_logprob": [5, 6, 7]},
+    "prompt logprobs": {"return_logprob": True, "logprob_start_len": 0},
+    "prompt top logprobs": {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 20},
 }
 SIZES = (1, 3, 12, 40)  # of batches of one option: each lands in another bucket of decode rows
 
@@ -176,12 +189,13 @@ def test_nothing_is_compiled_and_every_program_is_called(storm):
     num_steps = storm.core._runner._shape.max_steps
     began = time.monotonic()
     options = itertools.cycle(OPTIONS.values())
-    for prompts in all_lengths_in_batches_of_all_sizes(storm):
-        storm.batch(prompts, options)
-    assert storm.lengths >= set(range(1, LONGEST + 1))
+    if num_steps == 1:  # prompts know nothing of decode steps: once is enough
+        for prompts in all_lengths_in_batches_of_all_sizes(storm):
+            storm.batch(prompts, options)
+        assert storm.lengths >= set(range(1, LONGEST + 1))
     for option, size in itertools.product(OPTIONS.values(), SIZES):
         storm.batch([storm.prompt(5) for _ in range(size)], itertools.repeat(option))
-    for name in ("greedy", "temperature"):
+    for name in ("greedy", "temperature", "frequency_penalty"):  # one for each sampler
         prompts = [storm.prompt(4) for _ in range(MAX_ROWS)]
         storm.batch(prompts, shrinking(storm, OPTIONS[name], num_steps))
     assert storm.batch_sizes >= set(range(1, MAX_ROWS + 1))
