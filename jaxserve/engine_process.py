@@ -31,7 +31,7 @@ def main() -> None:
     ending = contextlib.ExitStack()  # what is still to be done at the end, whatever brings it
     threading.Thread(target=_die_with_parent, args=(ending,), daemon=True).start()
     logs.set_up(config.log_level)
-    configure_jax(config.device)
+    configure_jax(config)
     socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.set_hwm(0)
     socket.connect(address)
@@ -54,10 +54,10 @@ def _die_with_parent(ending: contextlib.ExitStack) -> None:
         os._exit(0)  # the parent is gone: nobody is left to answer, or to be told
 
 
-def configure_jax(device: str) -> None:
-    """What jax reads from the environment when it is first imported."""
-    if device != "auto":
-        os.environ["JAX_PLATFORMS"] = device
+def configure_jax(config: EngineConfig) -> None:
+    """What jax reads from the environment when it is first imported; for a process that is ours."""
+    if config.device != "auto":
+        os.environ["JAX_PLATFORMS"] = config.device
     # The memory plan divides what JAX may take; three quarters, its default, is for notebooks.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     # XLA warns dozens of times per compile, of timers and of memory that the KV cache takes on

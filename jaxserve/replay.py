@@ -1,6 +1,6 @@
 """Executes a recorded run again, and compares the tokens: `jaxserve replay`.
 
-A process of its own, `python -m jaxserve.replay FILE`: the command line itself never loads jax.
+Loads jax when it is called, not before: `--dump` needs none, and the device is chosen first.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import jaxserve
 from jaxserve import logs
-from jaxserve.engine_process import configure_jax
+from jaxserve.config import EngineConfig
 from jaxserve.plan_dump import dump
 from jaxserve.plan_log import Dispatched, Drawn, Header, PlanLog, Record, Reset
 
@@ -81,8 +81,8 @@ def compare(runner, records: Iterable[Record]) -> Comparison:
     return comparison
 
 
-def load_runner(log: PlanLog, model_path: str | None, device: str | None):
-    """The runner as the log's header describes it.
+def load_runner(log: PlanLog, config: EngineConfig):
+    """The runner as the log's header describes it, with the model and device of `config`.
 
     Raises:
       OSError, ValueError: the model is not there, or not the recorded one.
@@ -95,11 +95,6 @@ def load_runner(log: PlanLog, model_path: str | None, device: str | None):
     from jaxserve.state import StateShape
 
     header = log.header
-    config = dataclasses.replace(
-        header.config,
-        model_path=model_path or header.model_folder,
-        device=device or header.config.device,
-    )
     find_device(config)
     compilation_cache.enable(config.compilation_cache_dir)
     files = ModelFiles.find(config)
@@ -126,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
             log = PlanLog(file)
             if options.dump:
                 return _dump(log)
-            return _replay(log, options.model_path, options.device)
+            return _replay(log, _config(log, options))
     except (OSError, ValueError, RuntimeError) as error:
         is_system = isinstance(error, OSError) and error.filename is not None
         words = f"{error.filename}: {error.strerror}" if is_system else error
@@ -154,11 +149,22 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _replay(log: PlanLog, model_path: str | None, device: str | None) -> int:
-    config = log.header.config
+def _config(log: PlanLog, options: argparse.Namespace) -> EngineConfig:
+    """As recorded, but for what the flags say."""
+    header = log.header
+    return dataclasses.replace(
+        header.config,
+        model_path=options.model_path or header.model_folder,
+        device=options.device or header.config.device,
+    )
+
+
+def _replay(log: PlanLog, config: EngineConfig) -> int:
+    from jaxserve.engine_process import configure_jax
+
     logs.set_up(config.log_level)
-    configure_jax(device or config.device)
-    comparison = compare(load_runner(log, model_path, device), log)
+    configure_jax(config)
+    comparison = compare(load_runner(log, config), log)
     _warn_of_end(log)
     print(comparison)
     if not comparison.steps:
@@ -201,7 +207,3 @@ def _say(draw: list[int]) -> str:
     token, finish = draw
     ends = ("", " and stopped", " and was out of length", " from scores that are not finite")
     return f"{token}{ends[finish]}" if 0 <= finish < len(ends) else f"{token} ({finish})"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -111,7 +111,8 @@ def records(path) -> list[Record]:
 @pytest.fixture(scope="module")
 def runner(path):
     with path.open("rb") as file:
-        yield load_runner(PlanLog(file), None, None)
+        log = PlanLog(file)
+        yield load_runner(log, log.header.config)
     jax.clear_caches()
 
 
@@ -318,7 +319,8 @@ def patched_rows(line: dict) -> list[dict]:
 
 def test_dump_loads_no_jax(path):
     script = (
-        "import sys\nfrom jaxserve.replay import main\nmain([sys.argv[1], '--dump'])\n"
+        "import sys\nfrom jaxserve.server.cli import main\n"
+        "main(['replay', sys.argv[1], '--dump'])\n"
         "print('loaded:', sorted({'jax', 'jaxlib', 'flax'} & set(sys.modules)))"
     )
     done = subprocess.run(
