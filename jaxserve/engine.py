@@ -125,6 +125,8 @@ class Engine:
         except BaseException as error:
             self._frontend.die(EngineDied.of(error))
             logger.exception("the engine failed")
+        finally:
+            self._core.close()
 
     def _take_messages(self) -> bool:
         """Takes in what has arrived, waiting where there is nothing to run; False at the end."""

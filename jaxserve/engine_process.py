@@ -5,6 +5,7 @@ end, even a killed one's, and then this process ends too. Messages go over one s
 per step for all requests.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -28,7 +29,8 @@ def main() -> None:
         # Sent to the whole process group, they are the parent's to act on: it lets requests finish.
         signal.signal(number, signal.SIG_IGN)
     config = EngineConfig(**msgspec.json.decode(sys.stdin.readline()))
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    ending = contextlib.ExitStack()  # what is still to be done at the end, whatever brings it
+    threading.Thread(target=_die_with_parent, args=(ending,), daemon=True).start()
     logs.set_up(config.log_level)
     configure_jax(config)
     socket = zmq.Context.instance().socket(zmq.PAIR)
@@ -37,19 +39,24 @@ def main() -> None:
     try:
         core = _start(config, socket)
         if core is not None:
+            ending.callback(core.close)
             _serve(core, socket)
     except Exception as error:
         logger.exception("the engine failed")
         socket.send(messages.encode(messages.EngineFailed(str(EngineDied.of(error)))))
         sys.exit(1)
     finally:
+        ending.close()
         socket.close(linger=1000)
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(ending: contextlib.ExitStack) -> None:
     while sys.stdin.read(4096):
         pass
-    os._exit(0)  # the parent is gone: nobody is left to answer, or to be told
+    try:
+        ending.close()
+    finally:
+        os._exit(0)  # the parent is gone: nobody is left to answer, or to be told
 
 
 def configure_jax(config: EngineConfig) -> None:

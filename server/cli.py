@@ -12,6 +12,7 @@ USAGE = """usage: jaxserve COMMAND [OPTIONS]
 
 commands:
   serve      serve a model over HTTP (jaxserve serve --help)
+  replay     execute a recorded run again and compare its tokens (jaxserve replay --help)
   bench      measure an engine or a server (jaxserve bench --help)
 
 options:
@@ -24,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command == "serve":
         return serve(rest)
+    if command == "replay":
+        from jaxserve.replay import main as replay  # it loads jax
+
+        return replay(rest)
     if command == "bench":
         from jaxserve.bench.cli import main as bench  # it may load the engine, which loads jax
 
