@@ -216,7 +216,7 @@ LARGE = [
     (b'{"text": "a", "priority": ' + b"1" * 4000 + b"}", "priority", "32-bit integer"),
     (b'{"text": "a", "priority": ' + b"1" * 5000 + b"}", None, "JSON"),
 ]
-BAD = LARGE + BROKEN_BODIES + BAD_PROMPTS + BAD_PARAMS + BAD_LOGPROBS + NOT_SERVED + OTHER_FIELDS
+BAD = BROKEN_BODIES + BAD_PROMPTS + BAD_PARAMS + BAD_LOGPROBS + NOT_SERVED + OTHER_FIELDS + LARGE
 
 
 @pytest.mark.parametrize("content,param,words", BAD, ids=[str(row[0][:60]) for row in BAD])
