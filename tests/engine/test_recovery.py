@@ -137,12 +137,18 @@ def expected(engine) -> list[dict]:
 def runner(engine) -> Iterator[FailingRunner]:
     runner = engine._core._runner
     runner.quiet()
+    before = num_compiled(engine)
     yield runner
+    assert num_compiled(engine) == before, "a new state needs no program that is not there"
     runner.quiet()
     assert engine.flush_cache(), "nobody is left"
     scheduler = engine._core.scheduler
     scheduler.check_integrity()
     assert scheduler.allocator.num_used == 0
+
+
+def num_compiled(engine: Engine) -> int:
+    return engine._frontend.call("internal_state").result()["compiled_after_ready"]
 
 
 def run(engine: Engine) -> list[dict]:
