@@ -1,10 +1,20 @@
 """Any history of requests, steps, aborts and failures, drawn at random."""
 
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+import collections
+import logging
+import sys
 
-from jaxserve.scheduler import Scheduler
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.engine.mutation import REAL, System
 from tests.engine.scheduler_world import Limits, World
 
 BASES = ([100, 101, 102] * 30, [101, 100, 100, 102] * 20)  # prompts share their beginnings
@@ -18,22 +28,27 @@ LIMITS = st.builds(
     policy=st.sampled_from(["fcfs", "fcfs", "lpm"]),
     cached=st.sampled_from([True, True, True, False]),
     conservativeness=st.sampled_from([0.0, 0.3, 1.0]),
+    max_waiting=st.sampled_from([None, None, None, 4]),
 )
 HISTORIES = settings(
-    max_examples=300,
     stateful_step_count=25,
     deadline=None,
+    derandomize=True,
+    database=None,
+    report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
 BITS = st.integers(0, 2**40 - 1)  # one draw each: drawing takes most of the time
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    scheduler_type: type[Scheduler] = Scheduler
+    system: System = REAL
+    seen: collections.Counter = collections.Counter()  # in all examples together
 
     @initialize(limits=LIMITS)
     def start(self, limits):
-        self.world = World(limits, self.scheduler_type)
+        self.seen["examples"] += 1
+        self.world = World(limits, self.seen, self.system)
 
     def submit_one(self, bits: int) -> None:
         """A prompt that begins like others, and differs at any offset of a page."""
@@ -49,6 +64,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         base = BASES[take(3) == 0]
         prompt = base[: take(room)] + [100 + take(3) for _ in range(1 + take(3))]
         self.world.submit(prompt, take(10), take(3) // 2, kind)
+        if take(2):  # as "n" does
+            self.world.submit(prompt, take(10), 0, kind)
+        if take(6) == 1:
+            self.world.submit(prompt, 1, 0, kind, again=take(len(self.world.requests) or 1))
 
     @rule(bits=BITS)
     def submit(self, bits):
@@ -77,16 +96,19 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(bits=BITS)
     def abort(self, bits):
-        """Often one of the last, which are likely to be alive."""
-        count = len(self.world.requests)
-        self.world.abort(max(count - 1 - bits % 4, 0) if bits % 5 else count + 1)
+        """Most often one that is alive, else one that has ended or never was."""
+        world = self.world
+        numbers = [i for i, rid in enumerate(world.requests) if rid not in world.ended]
+        if not numbers or bits % 5 == 0:
+            numbers = range(len(world.requests) + 2)
+        world.abort(numbers[bits // 5 % len(numbers)])
 
-    @rule(bits=BITS)
-    def flush_or_fail(self, bits):
-        if bits % 3:
+    @rule(place=st.sampled_from(["flush", "before", "after", "read"]))
+    def flush_or_fail(self, place):
+        if place == "flush":
             self.world.flush()
         else:
-            self.world.fail(is_scheduled=bool(bits & 1))
+            self.world.fail(place)
 
     @invariant()
     def holds(self):
@@ -94,5 +116,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.world.check()
 
     def teardown(self):
-        if hasattr(self, "world"):
+        if sys.exception() is None and hasattr(self, "world"):
             self.world.drain()
+
+
+def run_histories(most: int, system: System = REAL) -> collections.Counter:
+    """So many, or until one fails; the same in every run. Returns what was seen in them."""
+    phases = tuple(Phase) if system is REAL else (Phase.generate,)  # who looks for a bug has it
+    seen: collections.Counter = collections.Counter()
+    machine = type("Machine", (SchedulerMachine,), {"system": system, "seen": seen})
+    logger = logging.getLogger("jaxserve.engine_core")  # tells of every failure at length
+    try:
+        logger.disabled = True
+        run_state_machine_as_test(
+            machine, settings=settings(HISTORIES, max_examples=most, phases=phases)
+        )
+    finally:
+        logger.disabled = False
+        print(f"{seen['examples']} histories")
+    return seen
