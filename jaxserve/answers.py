@@ -46,7 +46,10 @@ class Answers:
             if progress.finish_reason is not None:
                 self._open.discard(index)
             answer = generation.snapshot(
-                progress, self._meta, with_prompt_ids=self._parsed.return_prompt_token_ids
+                progress,
+                self._meta,
+                with_prompt_ids=self._parsed.return_prompt_token_ids,
+                with_logprob_text=self._parsed.return_text_in_logprobs,
             )
             if self._parsed.is_batch and self._parsed.stream:
                 answer["index"] = index

@@ -14,6 +14,7 @@ class Buckets:
     extend_tokens: tuple[int, ...]
     patch_lines: tuple[int, ...]
     copies: tuple[int, ...]
+    scores: int  # prompt tokens that one program scores
 
     @classmethod
     def make(cls, max_rows: int, max_prefill_tokens: int, growth: int) -> "Buckets":
@@ -27,6 +28,8 @@ class Buckets:
             extend_tokens=_geometric(16, max_prefill_tokens + max_rows, growth),
             patch_lines=few,
             copies=few,
+            # All their logits are there at once.
+            scores=256 if growth <= 2 else 64,
         )
 
     def extend_shapes(self) -> list[tuple[int, int]]:

@@ -53,17 +53,22 @@ class Engine:
         input_ids: list[int] | list[list[int]] | None = None,
         rid: str | list[str] | None = None,
         stream: bool = False,
+        **fields: Any,
     ) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
         """Generates from one prompt or several, and blocks until the answer is there.
 
         With `stream`, returns an iterator of growing answers; those of a batch carry an "index".
+
+        Args:
+          fields: any other of /generate (`return_logprob`, `cache_salt`, ...).
 
         Raises:
           RequestError: the request cannot be served; the message names the field.
           EngineDied: the engine's thread has failed.
         """
         changed = threading.Event()
-        answers = self._submit(prompt, sampling_params, input_ids, rid, stream, changed.set)
+        body = _body(prompt, sampling_params, input_ids, rid, stream, fields)
+        answers = self._submit(body, changed.set)
         stream_of_answers = self._follow(answers, changed)
         next(stream_of_answers)
         return stream_of_answers if stream else answers.in_order(list(stream_of_answers))
@@ -76,6 +81,7 @@ class Engine:
         input_ids: list[int] | list[list[int]] | None = None,
         rid: str | list[str] | None = None,
         stream: bool = False,
+        **fields: Any,
     ) -> dict[str, Any] | list[dict[str, Any]] | AsyncIterator[dict[str, Any]]:
         """As `generate`, awaited; with `stream`, the awaited result is an asynchronous iterator."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
@@ -84,14 +90,8 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # the caller's loop is closed
                 loop.call_soon_threadsafe(changed.set)
 
-        answers = self._submit(
-            prompt,
-            sampling_params,
-            input_ids,
-            rid,
-            stream,
-            on_update,
-        )
+        body = _body(prompt, sampling_params, input_ids, rid, stream, fields)
+        answers = self._submit(body, on_update)
         stream_of_answers = self._follow_async(answers, changed)
         await anext(stream_of_answers)
         if stream:
@@ -128,18 +128,8 @@ class Engine:
                 self._frontend.deliver(answer)
         return True
 
-    def _submit(
-        self, prompt, sampling_params, input_ids, rid, stream, on_update: Callable[[], None]
-    ) -> Answers:
-        parsed, requests = self._frontend.prepare(
-            {
-                "text": prompt,
-                "input_ids": input_ids,
-                "sampling_params": sampling_params,
-                "rid": rid,
-                "stream": stream,
-            }
-        )
+    def _submit(self, body: dict[str, Any], on_update: Callable[[], None]) -> Answers:
+        parsed, requests = self._frontend.prepare(body)
         return self._frontend.submit(parsed, requests, on_update)
 
     def _follow(self, answers: Answers, changed: threading.Event) -> Iterator[dict[str, Any]]:
@@ -161,3 +151,15 @@ class Engine:
                 yield answer
         finally:
             self._frontend.abandon(answers)
+
+
+def _body(prompt, sampling_params, input_ids, rid, stream, fields) -> dict[str, Any]:
+    """The body that /generate would have."""
+    return {
+        **fields,
+        "text": prompt,
+        "input_ids": input_ids,
+        "sampling_params": sampling_params,
+        "rid": rid,
+        "stream": stream,
+    }

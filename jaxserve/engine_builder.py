@@ -61,6 +61,7 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
     files = ModelFiles.find(config)
     tokenizer, tokenizer_folder = _load_tokenizer(config, files.folder)
     sizes = Sizes.of(config, is_cpu)
+    buckets = Buckets.make(sizes.max_rows, sizes.max_prefill_tokens, sizes.bucket_growth)
     memory = plan_memory(
         config,
         files.config,
@@ -68,12 +69,13 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
         device_bytes=device_memory(device),
         max_rows=sizes.max_rows,
         is_cpu=is_cpu,
+        state_bytes=_state_shape(config, files, sizes, buckets, num_pages=2).num_bytes,
     )
     logger.info("%s", memory)
     model = files.load(config.load_format, config.random_seed or 0)
-    buckets = Buckets.make(sizes.max_rows, sizes.max_prefill_tokens, sizes.bucket_growth)
     width = pages_per_row(files.config.context_length, config.page_size)
-    runner = _build_runner(model, config, files, memory, sizes, buckets)
+    shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
+    runner = _build_runner(model, shape, memory, buckets)
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
         allocator,
@@ -118,26 +120,27 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
     return EngineCore(info, scheduler, plan_builder, runner, tokenizer, log)
 
 
-def _build_runner(
-    model,
-    config: EngineConfig,
-    files: ModelFiles,
-    memory: MemoryPlan,
-    sizes: Sizes,
-    buckets: Buckets,
-) -> Runner:
-    shape = StateShape(
+def _state_shape(
+    config: EngineConfig, files: ModelFiles, sizes: Sizes, buckets: Buckets, num_pages: int
+) -> StateShape:
+    model = files.config
+    return StateShape(
         max_rows=sizes.max_rows,
-        pages_per_row=pages_per_row(files.config.context_length, memory.page_size),
+        pages_per_row=pages_per_row(model.context_length, config.page_size),
         max_steps=config.num_continuous_decode_steps,
-        num_layers=files.config.num_layers,
-        num_pages=memory.num_pages,
-        page_size=memory.page_size,
-        num_kv_heads=files.config.num_kv_heads,
-        head_dim=files.config.head_dim,
-        hidden_size=files.config.hidden_size,
-        dtype=jnp.dtype(files.config.dtype),
+        max_tokens=buckets.extend_tokens[-1],
+        num_layers=model.num_layers,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        dtype=jnp.dtype(model.dtype),
     )
+
+
+def _build_runner(model, shape: StateShape, memory: MemoryPlan, buckets: Buckets) -> Runner:
     half = memory.kv_cache_bytes / 2e9
     logger.info(
         "KV Cache is allocated. #tokens: %d, K size: %.2f GB, V size: %.2f GB",

@@ -92,13 +92,7 @@ class EngineCore:
 
     def _read(self) -> list[RequestUpdate]:
         schedule, fresh = self._inflight.popleft()
-        out = self._runner.read(fresh).tolist()  # by step and row: token, what became of the row
-        sampled = {
-            chunk.live.row: [tuple(step[chunk.live.row]) for step in out[: schedule.num_steps]]
-            for chunk in schedule.chunks
-            if not chunk.is_stale
-        }
-        return self.scheduler.update(schedule, sampled)
+        return self.scheduler.update(schedule, self._runner.read(fresh))
 
     def _recover(self) -> None:
         """A failed step takes the donated state with it: everybody is computed anew, and no

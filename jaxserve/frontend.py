@@ -11,7 +11,7 @@ from typing import Any
 from jaxserve.answers import Answers
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDied, RequestError
-from jaxserve.generate_request import GenerateRequest, make_request
+from jaxserve.generate_request import GenerateRequest, make_request, samples_of
 from jaxserve.generation import Generation
 from jaxserve.messages import (
     AbortRequest,
@@ -70,8 +70,9 @@ class Frontend:
           RequestError: names the field.
         """
         parsed = GenerateRequest.parse(body, self._preferred)
-        requests = [
-            make_request(
+        requests = []
+        for item in parsed.items:
+            request = make_request(
                 item,
                 self.tokenizer,
                 self.info,
@@ -79,8 +80,7 @@ class Frontend:
                 use_priority=self.config.enable_priority_scheduling,
                 default_seed=self.config.random_seed,
             )
-            for item in parsed.items
-        ]
+            requests += samples_of(request, parsed.num_samples)
         return parsed, requests
 
     def submit(

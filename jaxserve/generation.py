@@ -1,10 +1,12 @@
 """One request as its caller sees it: what has arrived, as text and meta_info."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxserve.detokenizer import Detokenizer, cut_at_stop, hold_back
+from jaxserve.logprob_record import LogprobRecord
 from jaxserve.request import FinishReason, Request, RequestUpdate
 from jaxserve.tokenizer import Tokenizer
 
@@ -30,10 +32,12 @@ class Generation:
         self.progress = Progress()
         self.error: Exception | None = None  # the engine died
         self._output_ids: list[int] = []  # only ever extended
+        self._logprobs = request.logprobs and LogprobRecord(request)
         self._on_update = on_update
         self._created = time.monotonic()
         self._first_sent: float | None = None
         self._num_shown = 0  # output ids that the detokenizer has seen
+        self._tokenizer = tokenizer
         self._text = tokenizer and Detokenizer(
             tokenizer,
             request.prompt_ids,
@@ -56,6 +60,8 @@ class Generation:
 
     def deliver(self, update: RequestUpdate) -> None:
         self._output_ids += update.token_ids
+        if self._logprobs is not None:
+            self._logprobs.extend(update)
         self.progress = Progress(
             num_output=len(self._output_ids),
             finish_reason=update.finish_reason,
@@ -70,7 +76,12 @@ class Generation:
         self._on_update()
 
     def snapshot(
-        self, progress: Progress, meta: Mapping[str, Any], *, with_prompt_ids: bool = False
+        self,
+        progress: Progress,
+        meta: Mapping[str, Any],
+        *,
+        with_prompt_ids: bool = False,
+        with_logprob_text: bool = False,
     ) -> dict[str, Any]:
         """The answer at `progress`, in the shape of /generate; `meta` goes into its meta_info.
 
@@ -92,6 +103,7 @@ class Generation:
             "prompt_tokens": len(self.request.prompt_ids),
             **meta,
             "num_retractions": progress.num_retractions,
+            **self._logprob_fields(ids, with_logprob_text),
             "reasoning_tokens": 0,
             "completion_tokens": len(ids),
             "cached_tokens": progress.cached_tokens,
@@ -102,6 +114,14 @@ class Generation:
             answer["meta_info"]["e2e_latency"] = progress.finished - self._created
         answer["meta_info"]["response_sent_to_client_ts"] = self._first_sent
         return answer
+
+    def _logprob_fields(self, ids: list[int], with_text: bool) -> dict[str, Any]:
+        if self._logprobs is None:
+            return {}
+        decode = None
+        if with_text and self._tokenizer is not None:
+            decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
+        return self._logprobs.fields(ids, decode)
 
     def _visible_text(self, ids: list[int], reason: FinishReason | None) -> str:
         sampling, matched = self.request.sampling, reason.matched if reason else None

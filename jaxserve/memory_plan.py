@@ -54,8 +54,10 @@ def plan_memory(
     device_bytes: int,
     max_rows: int,
     is_cpu: bool,
+    state_bytes: int = 0,
 ) -> MemoryPlan:
-    """Gives the KV cache what `mem_fraction_static` leaves beside the weights.
+    """Gives the KV cache what `mem_fraction_static` leaves beside the weights and the rest of the
+    state.
 
     On a CPU no more than every row's longest context, and no more than a quarter of the memory,
     since it is everybody's.
@@ -72,12 +74,12 @@ def plan_memory(
         * page_size
         * jnp.dtype(model.dtype).itemsize
     )
-    static_bytes = int(device_bytes * config.mem_fraction_static)
+    static_bytes = int(device_bytes * config.mem_fraction_static) - state_bytes
     if weight_bytes >= static_bytes:
         raise ValueError(
             f"the weights need {_gb(weight_bytes)}, but --mem-fraction-static "
-            f"{config.mem_fraction_static} of the device's {_gb(device_bytes)} is "
-            f"{_gb(static_bytes)}: raise it, or take a smaller model or --dtype"
+            f"{config.mem_fraction_static} of the device's {_gb(device_bytes)} leaves "
+            f"{_gb(max(static_bytes, 0))}: raise it, or take a smaller model or --dtype"
         )
     fitting = (static_bytes - weight_bytes) // page_bytes
     if config.max_total_tokens is not None:

@@ -1,8 +1,10 @@
 """Holds the weights, the state and the compiled programs; executes step plans."""
 
 import concurrent.futures
+import dataclasses
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,22 @@ from flax import nnx
 from jaxserve import programs
 from jaxserve.buckets import Buckets
 from jaxserve.state import State, StateShape
-from jaxserve.step_plan import PATCH_HEADER, StepPlan, ints
+from jaxserve.step_plan import NUM_EXTRAS, PATCH_HEADER, SAMPLERS, StepPlan, ints
+from jaxserve.step_result import StepResult
 
-SAMPLERS = ("greedy", "plain")
-COMPILERS = 4  # threads; XLA compiles outside the GIL
+COMPILERS = max(4, os.cpu_count() or 4)  # threads; XLA compiles outside the GIL
+EXTRAS_LINES = 4  # in one upload: rows that need any seldom begin together
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """What a step will have produced: fresh arrays, which no later program takes."""
+
+    num_steps: int
+    out: jax.Array
+    tops: jax.Array | None
+    scores: list[jax.Array]
+    num_scores: int
 
 
 class Runner:
@@ -35,6 +49,7 @@ class Runner:
         self._shape = shape
         self._patch_width = PATCH_HEADER + shape.pages_per_row
         self._state = shape.create()
+        self._score_size = buckets.scores
         merge = functools.partial(_merge, graphdef, treedef)
         jobs = _jobs(merge, self._weights, self._state, buckets, self._patch_width)
         self._programs = _compile_all(jobs, on_compiled)
@@ -43,12 +58,9 @@ class Runner:
         """A state without requests, after a step has failed and taken the donated one with it."""
         self._state = self._shape.create()
 
-    def dispatch(self, plan: StepPlan) -> jax.Array:
+    def dispatch(self, plan: StepPlan) -> Dispatched:
         """Enqueues one step; `read` waits for what it returns."""
-        if plan.patch:
-            upload = ints(plan.patch)
-            num_lines = (len(upload) - self._shape.max_rows) // self._patch_width
-            self._run("patch", num_lines, upload=upload)
+        self._change_rows(plan)
         if plan.copies:
             upload = ints(plan.copies).reshape(-1, 3)
             self._run("copy_pages", len(upload), upload=upload)
@@ -57,13 +69,49 @@ class Runner:
             self._run("sample", plan.sampler, plan.num_rows, True)
         else:
             self._run("decode", plan.sampler, plan.num_rows, plan.num_steps, True)
-        fresh = self._programs["peek",](self._state.out)
-        fresh.copy_to_host_async()
-        return fresh
+        scores = self._score(plan)
+        tops = None
+        if plan.wants_tops:
+            tops = self._programs["peek", "tops"](self._state.tops)
+        out = self._programs["peek", "out"](self._state.out)
+        for fresh in (out, tops, *scores):
+            if fresh is not None:
+                fresh.copy_to_host_async()
+        return Dispatched(plan.num_steps, out, tops, scores, len(plan.scores) // 12)
 
-    def read(self, fresh: jax.Array) -> np.ndarray:
-        """`State.out` as it was after the step, i32[K, R + 1, C]."""
-        return np.asarray(fresh)
+    def read(self, fresh: Dispatched) -> StepResult:
+        """Waits for the step."""
+        scores = [np.asarray(part) for part in fresh.scores]
+        return StepResult(
+            drawn=np.asarray(fresh.out)[: fresh.num_steps].tolist(),
+            tops=None if fresh.tops is None else np.asarray(fresh.tops),
+            scores=np.concatenate(scores)[: fresh.num_scores] if scores else None,
+        )
+
+    def _change_rows(self, plan: StepPlan) -> None:
+        if plan.patch:
+            upload = ints(plan.patch)
+            num_lines = (len(upload) - self._shape.max_rows) // self._patch_width
+            self._run("patch", num_lines, upload=upload)
+        trash = np.zeros((1, 1 + NUM_EXTRAS), np.int32)
+        trash[0, 0] = self._shape.max_rows
+        for lines in _pieces(ints(plan.extras).reshape(-1, 1 + NUM_EXTRAS), EXTRAS_LINES, trash):
+            self._run("set_extras", upload=lines)
+        counts = ints(plan.counts)
+        while len(counts):
+            row, length = counts[:2]
+            tokens, counts = counts[2 : 2 + length], counts[2 + length :]
+            upload = np.bincount(tokens, minlength=self._shape.vocab_size).astype(np.int32)
+            self._run("set_counts", upload=np.concatenate([[row], upload]).astype(np.int32))
+
+    def _score(self, plan: StepPlan) -> list[jax.Array]:
+        program = self._programs["score", plan.wants_tops, True]
+        padding = np.array([[0, 0, self._shape.max_rows]], np.int32)
+        lines = ints(plan.scores).reshape(-1, 3)
+        return [
+            program(self._weights, self._state, jax.device_put(piece))
+            for piece in _pieces(lines, self._score_size, padding)
+        ]
 
     def _run(self, *key, upload: np.ndarray | None = None) -> None:
         """Runs a program on the state; a last True in the key says that it wants the weights."""
@@ -72,6 +120,13 @@ class Runner:
         if upload is not None:
             arguments = (*arguments, jax.device_put(upload))
         self._state = self._programs[key](*arguments)
+
+
+def _pieces(lines: np.ndarray, size: int, padding: np.ndarray) -> Iterator[np.ndarray]:
+    """So many lines at a time, the last piece filled up with `padding`."""
+    for start in range(0, len(lines), size):
+        piece = lines[start : start + size]
+        yield np.concatenate([piece, np.repeat(padding, size - len(piece), axis=0)])
 
 
 def _merge(graphdef, treedef, weights: tuple[jax.Array, ...]):
@@ -86,7 +141,20 @@ def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> d
 
     partial = functools.partial
     model = merge, None  # None: the best attention for the device
-    jobs: dict[tuple, tuple] = {("peek",): (programs.peek, (state.out,), ())}
+    jobs: dict[tuple, tuple] = {
+        ("peek", "out"): (programs.peek, (state.out,), ()),
+        ("peek", "tops"): (programs.peek, (state.tops,), ()),
+        ("set_extras",): (
+            programs.set_extras,
+            (state, upload(EXTRAS_LINES, 1 + NUM_EXTRAS)),
+            (0,),
+        ),
+        ("set_counts",): (programs.set_counts, (state, upload(1 + state.counts.shape[1])), (0,)),
+    }
+    for wants_tops in (False, True):
+        function = partial(programs.score, merge, wants_tops)
+        arguments = (weights, state, upload(buckets.scores, 3))
+        jobs["score", wants_tops, True] = (function, arguments, ())
     for lines in buckets.patch_lines:
         size = lines * patch_width + len(state.batch)
         jobs["patch", lines] = (partial(programs.patch, lines), (state, upload(size)), (0,))

@@ -14,8 +14,9 @@ from jaxserve.errors import QueueFull
 from jaxserve.live_request import Chunk, LiveRequest, PageCopy, Schedule
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.radix_cache import Match, RadixCache
-from jaxserve.request import FinishReason, Request, RequestUpdate
+from jaxserve.request import FinishReason, Logprobs, Request, RequestUpdate
 from jaxserve.step_plan import NOT_FINITE
+from jaxserve.step_result import StepResult
 from jaxserve.stop_checker import StopChecker
 
 LOOKAHEAD = 32  # tokens: rows get pages for so many at once, so that they rarely need any
@@ -81,7 +82,9 @@ class Scheduler:
         if live is None:
             return None
         if live.row >= 0:
-            return self._finish(live, [], FinishReason("abort", message="Aborted"))
+            self._leave_row(live, keep=True)
+            del self._by_rid[rid]
+            return self._news(live, [], FinishReason("abort", message="Aborted"))
         self.waiting.remove(live)
         del self._by_rid[rid]
         reason = FinishReason("abort", message="Abort in waiting queue")
@@ -111,17 +114,23 @@ class Scheduler:
             num_cached_tokens=sum(live.num_matched for live in admitted),
         )
 
-    def update(
-        self, schedule: Schedule, sampled: dict[int, list[tuple[int, int]]]
-    ) -> list[RequestUpdate]:
-        """Takes in a step's result: by row, the tokens it drew and what became of it with each."""
-        updates = []
+    def update(self, schedule: Schedule, result: StepResult) -> list[RequestUpdate]:
+        """Takes in what a step has drawn and scored."""
+        updates, num_scores = [], 0
         for chunk in schedule.chunks:
-            if chunk.num_samples and not chunk.is_stale:
-                drawn = sampled[chunk.live.row][: chunk.num_samples]
-                if chunk.tokens and drawn[0][1] != NOT_FINITE:
-                    self._share_prefix(chunk.live)
-                updates.append(self._take(chunk.live, drawn))
+            first_score, num_scores = num_scores, num_scores + chunk.num_scores
+            if chunk.is_stale:
+                continue
+            live, scored = chunk.live, None
+            if chunk.num_scores:
+                live.num_scored = chunk.first_score + chunk.num_scores
+                scored = result.prompt_logprobs(first_score, chunk.num_scores, live.logprobs)
+            if chunk.num_samples:
+                if chunk.tokens and result.drawn[0][live.row][1] != NOT_FINITE:
+                    self._share_prefix(live)
+                updates.append(self._take(live, chunk.num_samples, result, scored))
+            elif scored is not None:
+                updates.append(self._news(live, [], prompt_logprobs=scored))
         return updates
 
     def retract_all(self) -> None:
@@ -255,6 +264,7 @@ class Scheduler:
         live.pages = match.pages + fresh
         live.num_matched = live.num_computed = match.num_tokens
         live.prefill_len = len(live.tokens)
+        live.next_score = live.num_scored
         if live.cached_tokens is None:
             live.cached_tokens = match.num_tokens
         return PageCopy(match.donor_page, fresh[0], match.donor_tokens)
@@ -264,7 +274,7 @@ class Scheduler:
         if self.cache is None:
             return Match(node=None, pages=[], num_tokens=0)
         match = self.cache.match_prefix(
-            live.tokens, namespace=live.request.namespace, most=len(live.tokens) - 1
+            live.tokens, namespace=live.request.namespace, most=live.most_matched
         )
         self.cache.lock(match.node)
         return match
@@ -295,39 +305,50 @@ class Scheduler:
         for live in self.running:
             if live.is_decoding or not budget:
                 continue
-            tokens = live.tokens[live.num_computed : live.num_computed + budget]
+            start = live.num_computed
+            tokens = live.tokens[start : start + budget]
             budget -= len(tokens)
             live.num_computed += len(tokens)
             num_samples = 0
             if live.is_decoding:  # with this chunk the prompt is complete
                 num_samples = 1
                 live.num_inflight += 1
-            chunks.append(Chunk(live, live.epoch, tokens, num_samples))
+            # A token's scores come from the one before it.
+            first = live.next_score
+            live.next_score = max(first, min(live.num_computed + 1, len(live.request.prompt_ids)))
+            scores = first, live.next_score - first
+            chunks.append(Chunk(live, live.epoch, tokens, num_samples, start, *scores))
         return chunks
 
     # The end of a request, and of a stay in a row.
 
-    def _take(self, live: LiveRequest, drawn: list[tuple[int, int]]) -> RequestUpdate:
-        live.num_inflight -= len(drawn)
-        taken: list[int] = []
-        for token, finish in drawn:
-            if finish == NOT_FINITE:
-                return self._finish(live, taken, _not_finite(), keep=False)
-            if live.request.max_new_tokens == 0:  # only its prompt was wanted
-                return self._finish(live, taken, FinishReason("length", length=0))
-            live.tokens.append(token)
-            taken.append(token)
-            reason = live.stop_checker.push(token)
-            if reason is not None:
-                return self._finish(live, taken, reason)
-        return self._news(live, taken, None)
-
-    def _finish(
-        self, live: LiveRequest, token_ids: list[int], reason: FinishReason, *, keep: bool = True
+    def _take(
+        self, live: LiveRequest, count: int, result: StepResult, scored: Logprobs | None
     ) -> RequestUpdate:
-        self._leave_row(live, keep=keep)
-        del self._by_rid[live.request.rid]
-        return self._news(live, token_ids, reason)
+        """Takes in the tokens that a row has drawn, up to its end."""
+        live.num_inflight -= count
+        row, request = live.row, live.request
+        taken: list[int] = []
+        reason, is_sound = None, True
+        for step in result.drawn[:count]:
+            token, finish = step[row][:2]
+            if finish == NOT_FINITE:
+                reason, is_sound = _not_finite(), False
+            elif request.max_new_tokens == 0:  # only its prompt was wanted
+                reason = FinishReason("length", length=0)
+            else:
+                live.tokens.append(token)
+                taken.append(token)
+                reason = live.stop_checker.push(token)
+            if reason is not None:
+                break
+        logprobs = None
+        if request.logprobs is not None:
+            logprobs = result.drawn_logprobs(row, len(taken), request.logprobs)
+        if reason is not None:
+            self._leave_row(live, keep=is_sound)
+            del self._by_rid[request.rid]
+        return self._news(live, taken, reason, logprobs, scored)
 
     def _retract(self, live: LiveRequest, *, keep: bool = True) -> None:
         self._leave_row(live, keep=keep)
@@ -357,7 +378,11 @@ class Scheduler:
 
     @staticmethod
     def _news(
-        live: LiveRequest, token_ids: list[int], reason: FinishReason | None
+        live: LiveRequest,
+        token_ids: list[int],
+        reason: FinishReason | None = None,
+        logprobs: Logprobs | None = None,
+        prompt_logprobs: Logprobs | None = None,
     ) -> RequestUpdate:
         return RequestUpdate(
             live.request.rid,
@@ -365,6 +390,8 @@ class Scheduler:
             reason,
             cached_tokens=live.cached_tokens or 0,
             num_retractions=live.num_retractions,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
     # Memory.

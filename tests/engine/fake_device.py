@@ -23,6 +23,7 @@ from jaxserve.step_plan import (
     StepPlan,
     ints,
 )
+from jaxserve.step_result import StepResult
 
 EOS = 2
 NAMESPACES = ("", "other")
@@ -46,6 +47,15 @@ def next_token(seen: int) -> int | None:
     if seen % 53 == 0:
         return None
     return EOS if seen % 11 == 0 else 100 + seen % 3
+
+
+def score_of(seen: int, token: int) -> float:
+    """The "logprob" of a token after what has been seen: a number that float32 holds."""
+    return float(hash((seen, token)) % 10_000)
+
+
+def float_bits(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
 
 
 def solo(request: Request) -> tuple[list[int], str]:
@@ -90,9 +100,10 @@ class Device:
         self.slots: dict[tuple[int, int], tuple[int, int]] = {}  # page, slot: position, what
         self.rows = [Row() for _ in range(self.max_rows + 1)]
         self.batch = [self.max_rows] * self.max_rows
-        self.out = [[(-1, -1)] * (self.max_rows + 1) for _ in range(self.num_steps)]
+        self.out = [[(-1, -1, 0)] * (self.max_rows + 1) for _ in range(self.num_steps)]
+        self.hidden: dict[int, int] = {}  # by index of a packed token: what has been seen there
 
-    def dispatch(self, plan: StepPlan, running: list[LiveRequest]) -> list[list[tuple[int, int]]]:
+    def dispatch(self, plan: StepPlan, running: list[LiveRequest]) -> StepResult:
         if plan.patch:
             self.patch(ints(plan.patch), {live.row: live for live in running})
         self.copy(ints(plan.copies).reshape(-1, 3).tolist())
@@ -104,7 +115,14 @@ class Device:
                 running = [row for row in rows if self.rows[row].finish == RUNNING]
                 self.compute({row: [LAST_TOKEN] for row in running})
                 self.sample(running, step)
-        return [list(rows) for rows in self.out]
+        scores = [
+            [float_bits(score_of(self.hidden[index], target))]
+            for index, target, _ in ints(plan.scores).reshape(-1, 3).tolist()
+        ]
+        return StepResult(
+            [list(rows) for rows in self.out[: plan.num_steps]],
+            scores=np.array(scores, np.int32) if scores else None,
+        )
 
     def patch(self, packed: np.ndarray, running: dict[int, LiveRequest]) -> None:
         lines = packed[: -self.max_rows].reshape(-1, self.width)
@@ -141,15 +159,21 @@ class Device:
         rows, lengths, samples, tokens = np.split(
             ints(plan.forward), np.arange(1, 4) * plan.num_rows
         )
-        work, sampling, start = {}, [], 0
+        work, sampling, start, starts = {}, [], 0, {}
         for row, length, samples_one in np.stack([rows, lengths, samples], axis=1).tolist():
             assert row < self.max_rows or length == 0, "padding computes nothing"
             if row < self.max_rows and self.rows[row].finish == RUNNING:
                 assert row not in work
                 work[row] = tokens[start : start + length].tolist()
+                starts[row] = start
                 sampling += [row] * samples_one
             start += length
         self.compute(work)
+        self.hidden = {
+            starts[row] + i: seen
+            for row, tokens in work.items()
+            for i, seen in enumerate(self.rows[row].chain[-len(tokens) :])
+        }
         self.sample(sampling, 0)
 
     def compute(self, work: dict[int, list[int]]) -> None:
@@ -181,4 +205,5 @@ class Device:
             elif len(row.chain) >= row.limit:
                 row.finish = OUT_OF_LENGTH
             row.last_token = -5 if token is None else token
-            self.out[step][index] = row.last_token, row.finish
+            bits = float_bits(score_of(row.chain[-1], row.last_token))
+            self.out[step][index] = row.last_token, row.finish, bits

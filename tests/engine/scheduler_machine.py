@@ -60,6 +60,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
         limits = self.world.limits
         kind = take(4) if take(3) == 0 else 0
+        if take(3) == 0:  # logprobs, from some position of the prompt on
+            kind += 4 + 8 * take(20)
         room = min(limits.num_pages * limits.page_size, 24)
         base = BASES[take(3) == 0]
         prompt = base[: take(room)] + [100 + take(3) for _ in range(1 + take(3))]
@@ -67,7 +69,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if take(2):  # as "n" does
             self.world.submit(prompt, take(10), 0, kind)
         if take(6) == 1:
-            self.world.submit(prompt, 1, 0, kind, again=take(len(self.world.requests) or 1))
+            self.world.submit(prompt, 1, 0, kind, again=take(len(self.world.answers) or 1))
 
     @rule(bits=BITS)
     def submit(self, bits):
@@ -98,9 +100,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, bits):
         """Most often one that is alive, else one that has ended or never was."""
         world = self.world
-        numbers = [i for i, rid in enumerate(world.requests) if rid not in world.ended]
+        numbers = [i for i, a in enumerate(world.answers.values()) if a.end is None]
         if not numbers or bits % 5 == 0:
-            numbers = range(len(world.requests) + 2)
+            numbers = range(len(world.answers) + 2)
         world.abort(numbers[bits // 5 % len(numbers)])
 
     @rule(place=st.sampled_from(["flush", "before", "after", "read"]))

@@ -6,19 +6,19 @@ import itertools
 import sys
 import types
 
-import numpy as np
-
 from jaxserve.buckets import Buckets
 from jaxserve.engine_core import MOST_FAILURES
 from jaxserve.live_request import LiveRequest, Schedule
 from jaxserve.messages import AbortRequest, AddRequest, Call
-from jaxserve.request import FinishReason, Request, RequestUpdate
+from jaxserve.request import LogprobParams, Request, RequestUpdate
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler
 from jaxserve.step_log import StepLog
-from jaxserve.step_plan import NUM_STOP_IDS, StepPlan
+from jaxserve.step_plan import NUM_STOP_IDS
 from tests.engine import invariants
-from tests.engine.fake_device import EOS, NAMESPACES, Device, solo
+from tests.engine.answer import Answer
+from tests.engine.fake_device import EOS, NAMESPACES, Device
+from tests.engine.fake_runner import FakeRunner, Fault
 from tests.engine.mutation import REAL, System
 
 FILLER_STOPS = tuple(range(900, 900 + NUM_STOP_IDS))  # leave the device no place for EOS
@@ -37,86 +37,44 @@ class Limits:
     max_waiting: int | None
 
 
-class Fault(Exception):
-    """What a device may do at any time."""
-
-
-class FakeRunner:
-    """A runner of the fake device. Fails once where `fault` says: "before" a step has run, "after"
-    it, or at its "read"."""
-
-    def __init__(self, device: Device, scheduler: Scheduler):
-        self.device, self.scheduler = device, scheduler
-        self.fault: str | None = None
-
-    def dispatch(self, plan: StepPlan) -> np.ndarray:
-        self.fail_at("before")
-        before = dict(self.device.slots)
-        out = self.device.dispatch(plan, self.scheduler.running)
-        self.check_written({slot for slot, _ in before.items() ^ self.device.slots.items()})
-        self.fail_at("after")
-        return np.array(out)
-
-    def read(self, out: np.ndarray) -> np.ndarray:
-        self.fail_at("read")
-        return out
-
-    def reset(self) -> None:
-        self.device.reset()
-
-    def fail_at(self, place: str) -> None:
-        if self.fault == place:
-            self.fault = None
-            raise Fault
-
-    def check_written(self, slots: set[tuple[int, int]]) -> None:
-        """Nobody else's page, no free one, and none that others may be reading."""
-        written = {page for page, _ in slots}
-        assert written <= set(invariants.private_pages(self.scheduler)), "not theirs to write"
-
-
 class World:
     def __init__(self, limits: Limits, seen: collections.Counter, system: System = REAL):
         """`seen` counts what has happened, so that a test can tell whether everything did."""
         self.limits, self.seen = limits, seen
         self.scheduler = make_scheduler(limits, system)
-        self.allocator = self.scheduler.allocator
         self.device = Device(
             limits.page_size, limits.max_rows, limits.num_pages, limits.num_decode_steps
         )
         self.runner = FakeRunner(self.device, self.scheduler)
         self.core = make_core(self, system)
-        self.requests: dict[str, Request] = {}
-        self.order: dict[str, tuple[int, int]] = {}
-        self.output: dict[str, list[int]] = {}
-        self.cached: dict[str, int] = {}
-        self.ended: dict[str, FinishReason] = {}
-        self.aborted: set[str] = set()
+        self.answers: dict[str, Answer] = {}
         self.arrivals = itertools.count()
 
     @property
     def inflight(self) -> list[Schedule]:
         return [schedule for schedule, _ in self.core._inflight]
 
+    def alive(self) -> dict[str, Answer]:
+        return {rid: answer for rid, answer in self.answers.items() if answer.end is None}
+
     # What happens.
 
     def submit(
-        self,
-        prompt: list[int],
-        max_new_tokens: int,
-        priority: int,
-        kind: int,
-        *,
-        again: int | None = None,
+        self, prompt: list[int], max_new_tokens: int, priority: int, kind: int, again: int = -1
     ) -> None:
-        """`kind` chooses a namespace, and whether the device knows the stop token; `again` the id
-        of an earlier request, which may be alive."""
-        number = len(self.requests) if again is None else again
-        rid = "job" + number * "0"  # each the beginning of all that follow
-        stops = FILLER_STOPS if kind & 2 else ()
-        sampling = SamplingParams(stop_token_ids=stops)
-        namespace = NAMESPACES[kind & 1]
-        request = Request(rid, prompt, sampling, max_new_tokens, 0, priority, namespace)
+        """`kind` chooses a namespace, whether the device knows the stop token, and the prompt
+        position from which logprobs are asked for, if any; `again` an id that was used before."""
+        rid = rid_of(len(self.answers) if again < 0 else again)
+        request = Request(
+            rid,
+            prompt,
+            SamplingParams(stop_token_ids=FILLER_STOPS if kind & 2 else ()),
+            max_new_tokens,
+            seed=0,
+            priority=priority,
+            namespace=NAMESPACES[kind & 1],
+            logprobs=LogprobParams(min(kind // 8, len(prompt))) if kind & 4 else None,
+        )
         status = self.refusal_of(request)
         news = [update for out in self.core.handle(AddRequest(request)) for update in out.updates]
         if status is not None:
@@ -125,18 +83,14 @@ class World:
             self.seen[f"refused with {status}"] += 1
             return
         assert not news
-        self.order[rid] = -priority, next(self.arrivals)
-        self.requests[rid], self.output[rid] = request, []
-        for of_earlier in (self.ended, self.cached):
-            of_earlier.pop(rid, None)
-        self.aborted.discard(rid)
+        self.answers[rid] = Answer(request, (-priority, next(self.arrivals)))
 
     def refusal_of(self, request: Request) -> int | None:
         """The status with which it must be refused."""
         room = self.limits.num_pages * self.limits.page_size
         if len(request.prompt_ids) + max(request.max_new_tokens - 1, 0) > room:
             return 400
-        if request.rid in self.requests.keys() - self.ended.keys():
+        if request.rid in self.alive():
             return 400
         limit = self.limits.max_waiting
         return 503 if limit is not None and len(self.scheduler.waiting) >= limit else None
@@ -146,34 +100,42 @@ class World:
         if output is None:
             assert self.scheduler.is_idle, "somebody waits for nothing"
             return
-        for update in output.updates:
-            self.take(update)
+        self.take(output.updates)
 
     def dispatch(self) -> None:
         """One step further ahead than the engine runs."""
         self.core._dispatch()
 
     def read(self) -> None:
-        for update in self.core._read():
-            self.take(update)
+        self.take(self.core._read())
+
+    def take(self, updates: list[RequestUpdate]) -> None:
+        for update in updates:
+            answer = self.answers[update.rid]
+            answer.take(update)
+            if (end := answer.end) is not None:
+                self.seen[f"ended by {end.type} {end.status_code or ''}".strip()] += 1
+                self.seen["used the cache"] += update.cached_tokens > 0
+                self.seen["retracted"] += update.num_retractions
+                self.seen["logprobs of a prompt"] += len(answer.prompt_logprobs) > 0
 
     def abort(self, number: int) -> None:
-        rid = "job" + number * "0"
-        is_alive = rid in self.requests and rid not in self.ended
-        self.aborted.add(rid)
+        rid = rid_of(number)
+        answer = self.alive().get(rid)
         is_running = rid in [live.request.rid for live in self.scheduler.running]
-        self.seen[f"aborted {'running' if is_running else 'waiting' if is_alive else 'gone'}"] += 1
+        self.seen[f"aborted {'running' if is_running else 'waiting' if answer else 'gone'}"] += 1
+        if answer is not None:
+            answer.is_aborted = True
         news = [update for out in self.core.handle(AbortRequest(rid)) for update in out.updates]
-        assert [update.rid for update in news] == [rid] * is_alive
-        for update in news:
-            self.take(update)
-        assert not is_alive or rid in self.ended
+        assert [update.rid for update in news] == [rid] * (answer is not None)
+        self.take(news)
+        assert rid not in self.alive()
 
     def flush(self) -> None:
-        is_idle = len(self.ended) == len(self.requests)
+        is_idle = not self.alive()
         (reply,) = self.core.handle(Call(0, "flush_cache"))
         assert reply.value == is_idle
-        assert not is_idle or self.allocator.num_used == 0
+        assert not is_idle or self.scheduler.allocator.num_used == 0
         self.seen["flushed" if is_idle else "not flushed"] += 1
 
     def fail(self, place: str) -> None:
@@ -185,41 +147,53 @@ class World:
         if self.runner.fault is None:
             self.seen[f"failed at {place}"] += 1
             assert not self.inflight and not self.scheduler.running
-            assert self.allocator.num_used == 0, "nothing of what was computed is trusted"
+            assert self.scheduler.allocator.num_used == 0, "what was computed is not trusted"
         self.runner.fault = None
 
     def drain(self) -> None:
         """Without new requests all end soon, and nothing is left of them."""
-        alive = [r for rid, r in self.requests.items() if rid not in self.ended]
-        tokens = sum(len(r.prompt_ids) + r.max_new_tokens + 2 for r in alive)
-        for _ in range(2 + tokens * (1 + len(alive))):
+        requests = [answer.request for answer in self.alive().values()]
+        tokens = sum(len(r.prompt_ids) + r.max_new_tokens + 2 for r in requests)
+        for _ in range(2 + tokens * (1 + len(requests))):
             if not self.core.has_work:
                 break
             self.step()
         self.check()
-        assert set(self.ended) == set(self.requests), "not all have ended"
+        assert not self.alive(), "not all have ended"
         self.flush()
         self.check()
 
     # What must hold.
 
-    def order_of(self, live: LiveRequest) -> tuple[int, int]:
-        return self.order[live.request.rid]
+    def check(self) -> None:
+        scheduler = self.scheduler
+        scheduler.check_integrity()
+        live = [one.request.rid for one in (*scheduler.running, *scheduler.waiting)]
+        assert sorted(live) == sorted(self.alive()), "each is running, waiting or told of its end"
+        assert len(scheduler.running) <= self.limits.max_rows
+        invariants.pages_have_one_owner(scheduler)
+        invariants.locks_are_exact(scheduler)
+        invariants.requests_fit_their_pages(scheduler, self.limits.page_size)
+        invariants.pages_hold_what_requests_need(scheduler, self.device)
+        invariants.pages_hold_what_the_tree_says(scheduler, self.device)
 
     def check_schedule(self, schedule: Schedule) -> None:
         assert schedule.num_prompt_tokens <= self.limits.max_prefill_tokens
+        assert schedule.num_steps in (1, self.limits.num_decode_steps)
+        assert schedule.chunks, "a step of nothing"
         assert all(chunk.tokens or chunk.num_samples for chunk in schedule.chunks)
         chunked = [chunk.live for chunk in schedule.chunks]
-        assert len(set(chunked)) == len(chunked) > 0
-        assert set(chunked) <= set(self.scheduler.running)
+        assert len(set(chunked)) == len(chunked) and set(chunked) <= set(self.scheduler.running)
         for live in chunked:  # one token is drawn even where none is wanted
             assert live.num_left >= min(live.request.max_new_tokens - 1, 0), "one token too many"
-        assert schedule.num_steps in (1, self.limits.num_decode_steps)
+        self.check_order(schedule.new_rows)
         self.seen["copied a partial page"] += len(schedule.copies)
         self.seen["several decode steps"] += schedule.num_steps > 1
         self.seen["part of a prompt"] += any(not chunk.num_samples for chunk in schedule.chunks)
         self.seen["decoded beside a prompt"] += len({bool(c.tokens) for c in schedule.chunks}) == 2
-        admitted = [self.order_of(live) for live in schedule.new_rows]
+
+    def check_order(self, new_rows: list[LiveRequest]) -> None:
+        admitted = [self.order_of(live) for live in new_rows]
         waiting = [self.order_of(live) for live in self.scheduler.waiting]
         if self.limits.policy == "lpm":  # by what is cached among those of one priority
             admitted, waiting = ([order[0] for order in orders] for orders in (admitted, waiting))
@@ -227,38 +201,13 @@ class World:
             assert admitted == sorted(admitted), "who came first goes first"
             assert not waiting or admitted[-1] <= min(waiting), "nobody is overtaken"
 
-    def take(self, update: RequestUpdate) -> None:
-        rid, reason = update.rid, update.finish_reason
-        assert rid not in self.ended, "nothing comes after the end"
-        request = self.requests[rid]
-        self.output[rid] += update.token_ids
-        tokens, end = solo(request)
-        assert self.output[rid] == tokens[: len(self.output[rid])], "not the output of a solo run"
-        assert update.cached_tokens < len(request.prompt_ids)
-        assert update.cached_tokens == self.cached.setdefault(rid, update.cached_tokens)
-        if reason is None:
-            return
-        self.ended[rid] = reason
-        self.seen[f"ended by {reason.type} {reason.status_code or ''}".strip()] += 1
-        self.seen["used the cache"] += update.cached_tokens > 0
-        self.seen["retracted"] += update.num_retractions
-        if reason.type == "abort" and reason.status_code is None:
-            assert rid in self.aborted
-        else:
-            assert self.output[rid] == tokens and reason.type == end
-            assert reason.length in (None, len(tokens))
+    def order_of(self, live: LiveRequest) -> tuple[int, int]:
+        return self.answers[live.request.rid].order
 
-    def check(self) -> None:
-        scheduler = self.scheduler
-        scheduler.check_integrity()
-        alive = [live.request.rid for live in (*scheduler.running, *scheduler.waiting)]
-        assert sorted(alive) == sorted(set(self.requests) - set(self.ended))
-        assert len(scheduler.running) <= self.limits.max_rows
-        invariants.pages_have_one_owner(scheduler)
-        invariants.locks_are_exact(scheduler)
-        invariants.requests_fit_their_pages(scheduler, self.limits.page_size)
-        invariants.pages_hold_what_requests_need(scheduler, self.device)
-        invariants.pages_hold_what_the_tree_says(scheduler, self.device)
+
+def rid_of(number: int) -> str:
+    """Each is the beginning of all that follow."""
+    return "job" + number * "0"
 
 
 def make_scheduler(limits: Limits, system: System) -> Scheduler:

@@ -9,6 +9,7 @@ from jaxserve.request import FinishReason, Request, RequestUpdate
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler
 from jaxserve.step_plan import RUNNING
+from jaxserve.step_result import StepResult
 from jaxserve.stop_checker import StopChecker
 
 EOS, TOKEN = 2, 7
@@ -46,10 +47,16 @@ def add(
     scheduler.add(request, StopChecker(request, frozenset({EOS}), tokenizer=None))
 
 
-def draw(schedule: Schedule, token: int = TOKEN, finish: int = RUNNING):
+def result(drawn: dict[int, list[tuple[int, int]]]) -> StepResult:
+    """What a step gives whose rows draw these tokens, one after the other."""
+    num_steps = max(map(len, drawn.values()), default=0)
+    return StepResult([{row: draws[i] for row, draws in drawn.items()} for i in range(num_steps)])
+
+
+def draw(schedule: Schedule, token: int = TOKEN, finish: int = RUNNING) -> StepResult:
     """Every row that samples draws `token`."""
     rows = [chunk.live.row for chunk in schedule.chunks]
-    return dict.fromkeys(rows, [(token, finish)] * schedule.num_steps)
+    return result(dict.fromkeys(rows, [(token, finish)] * schedule.num_steps))
 
 
 def step(scheduler: Scheduler, token: int = TOKEN) -> tuple[Schedule, list[RequestUpdate]]:

@@ -119,7 +119,7 @@ MUTANTS: dict[str, tuple] = {
         "same = _common_tokens(",
         "same = self.page_size or (",
     ),
-    "match whole prompt": (histories, "most=len(live.tokens) - 1", "most=len(live.tokens)"),
+    "match whole prompt": (histories, "return len(self.tokens) - 1", "return len(self.tokens)"),
     "insert uncommitted": (
         histories,
         "return min(self.num_computed, max(self.prefill_len, len(self.tokens) - 1))",
@@ -168,11 +168,11 @@ MUTANTS: dict[str, tuple] = {
         copies_first,
         "if plan.copies:",
         "if False:",
-        "fresh = self._programs",
+        "scores = self._score(plan)",
         "if plan.copies:\n"
         "            upload = ints(plan.copies).reshape(-1, 3)\n"
         '            self._run("copy_pages", len(upload), upload=upload)\n'
-        "        fresh = self._programs",
+        "        scores = self._score(plan)",
     ),
     "slots beyond a partial match not zeroed": (
         zeroes,
@@ -293,6 +293,16 @@ MUTANTS: dict[str, tuple] = {
         histories,
         "line[4] = len(request.prompt_ids) + request.max_new_tokens - 1",
         "line[4] = len(request.prompt_ids) + request.max_new_tokens",
+    ),
+    "logprobs of a prompt are told again": (
+        histories,
+        "live.num_scored = chunk.first_score + chunk.num_scores",
+        "pass",
+    ),
+    "logprobs of a prompt are of other tokens": (
+        histories,
+        "before = offset - chunk.start - 1",
+        "before = offset - 1",
     ),
     "a new row is not told to run": (
         histories,

@@ -53,17 +53,24 @@ def make_runner(runner_type: type[Runner] = Runner) -> Runner:
         max_rows=MAX_ROWS,
         pages_per_row=PAGES_PER_ROW,
         max_steps=NUM_STEPS,
+        max_tokens=8,
         num_layers=config.num_layers,
         num_pages=NUM_PAGES,
         page_size=PAGE_SIZE,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
         dtype=jnp.dtype(config.dtype),
     )
     sizes = (MAX_ROWS,)
     buckets = Buckets(
-        decode_rows=sizes, extend_rows=sizes, extend_tokens=(8,), patch_lines=sizes, copies=sizes
+        decode_rows=sizes,
+        extend_rows=sizes,
+        extend_tokens=(8,),
+        patch_lines=sizes,
+        copies=sizes,
+        scores=4,
     )
     return runner_type(*create_model(config, key=jax.random.key(0)), shape, buckets)
 
@@ -104,7 +111,7 @@ def extend(chunks: dict[int, list[int]], patch: bytes = b"", copies: bytes = b""
         *(*tokens, *[0] * (8 - len(tokens))),
     ]
     packed = np.array(forward, np.int32).tobytes()
-    return StepPlan(0, "extend", 8, MAX_ROWS, 1, "greedy", packed, patch, copies)
+    return StepPlan(0, "extend", 8, MAX_ROWS, 1, "greedy", packed, patch, copies=copies)
 
 
 def decode(num_steps: int = 1, patch: bytes = b"") -> StepPlan:
@@ -113,7 +120,8 @@ def decode(num_steps: int = 1, patch: bytes = b"") -> StepPlan:
 
 def execute(runner: Runner, plan: StepPlan) -> list[list[list[int]]]:
     """By step and row: the token, and what became of the row."""
-    return runner.read(runner.dispatch(plan)).tolist()
+    drawn = runner.read(runner.dispatch(plan)).drawn
+    return [[row[:2] for row in step] for step in drawn]
 
 
 def column(runner: Runner, name: str, row: int) -> list[int]:
@@ -149,14 +157,15 @@ def test_every_program_leaves_every_leaf_of_the_state_where_it_is(compiled):
     num_leaves = len(jax.tree.leaves(compiled._state))
     assert len(compiled._programs) > 8
     for key, program in compiled._programs.items():
-        if key == ("peek",):
+        if key[0] in ("peek", "score"):
             continue
         first = len(compiled._weights) if key[-1] is True else 0
         assert aliases(program.as_text()) == {i: first + i for i in range(num_leaves)}, key
 
 
 def test_a_copy_of_the_output_shares_no_buffer(compiled):
-    assert "input_output_alias" not in compiled._programs["peek",].as_text().partition("\n")[0]
+    for key in (("peek", "out"), ("peek", "tops"), ("score", True, True)):
+        assert "input_output_alias" not in compiled._programs[key].as_text().partition("\n")[0]
 
 
 def test_no_program_needs_a_second_cache(compiled):

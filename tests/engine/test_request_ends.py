@@ -12,6 +12,7 @@ from tests.engine.scheduling import (
     draw,
     layout,
     make_scheduler,
+    result,
     rids,
     run,
     step,
@@ -63,7 +64,7 @@ def test_row_whose_scores_are_not_finite_ends_with_500(max_new_tokens):
     add(scheduler, "good", 3, max_new_tokens=5)
     schedule = scheduler.schedule()
     bad, good = (chunk.live.row for chunk in schedule.chunks)
-    updates = scheduler.update(schedule, {bad: [(0, NOT_FINITE)], good: [(TOKEN, RUNNING)]})
+    updates = scheduler.update(schedule, result({bad: [(0, NOT_FINITE)], good: [(TOKEN, RUNNING)]}))
     assert updates == [RequestUpdate("bad", [], NOT_FINITE_REASON), RequestUpdate("good", [TOKEN])]
     scheduler.check_integrity()
     assert rids(scheduler.running) == ["good"]
@@ -91,7 +92,7 @@ def test_scores_that_are_not_finite_among_several_steps_end_it_there():
     step(scheduler)
     schedule = scheduler.schedule()
     drawn = [(TOKEN, RUNNING), (0, NOT_FINITE), (5, RUNNING)]
-    assert scheduler.update(schedule, {0: drawn}) == [
+    assert scheduler.update(schedule, result({0: drawn})) == [
         RequestUpdate("a", [TOKEN], NOT_FINITE_REASON)
     ]
 

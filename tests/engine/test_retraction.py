@@ -3,7 +3,17 @@
 from jaxserve.request import FinishReason, RequestUpdate
 from jaxserve.scheduler import Scheduler
 from jaxserve.step_plan import RUNNING
-from tests.engine.scheduling import TOKEN, add, draw, layout, make_scheduler, rids, run, step
+from tests.engine.scheduling import (
+    TOKEN,
+    add,
+    draw,
+    layout,
+    make_scheduler,
+    result,
+    rids,
+    run,
+    step,
+)
 
 
 def make_crowd(count: int = 3, *, free: int = 1, priorities=(0, 0, 0)) -> Scheduler:
@@ -68,7 +78,7 @@ def test_tokens_in_flight_of_a_retracted_request_are_dropped():
     scheduler = make_crowd(count=2, free=2)
     old, new = scheduler.schedule(), scheduler.schedule()
     assert layout(old) == [("a", 0, 1), ("b", 0, 1)] and layout(new) == [("a", 0, 1)]
-    updates = scheduler.update(old, {0: [(8, RUNNING)], 1: [(9, RUNNING)]})
+    updates = scheduler.update(old, result({0: [(8, RUNNING)], 1: [(9, RUNNING)]}))
     assert updates == [RequestUpdate("a", [8])]
     (b,) = scheduler.waiting
     assert b.tokens == [*b.request.prompt_ids, TOKEN]

@@ -5,7 +5,18 @@ import pytest
 from jaxserve.errors import QueueFull
 from jaxserve.request import FinishReason, RequestUpdate
 from jaxserve.step_plan import RUNNING, STOPPED
-from tests.engine.scheduling import EOS, TOKEN, add, draw, layout, make_scheduler, rids, run, step
+from tests.engine.scheduling import (
+    EOS,
+    TOKEN,
+    add,
+    draw,
+    layout,
+    make_scheduler,
+    result,
+    rids,
+    run,
+    step,
+)
 
 # Chunks.
 
@@ -107,7 +118,7 @@ def test_stop_among_several_decode_steps_ends_the_request_there():
     step(scheduler)
     schedule = scheduler.schedule()
     drawn = [(TOKEN, RUNNING), (EOS, STOPPED), (8, RUNNING), (9, RUNNING)]
-    updates = scheduler.update(schedule, {0: drawn})
+    updates = scheduler.update(schedule, result({0: drawn}))
     assert updates == [RequestUpdate("a", [TOKEN, EOS], FinishReason("stop", matched=EOS))]
     scheduler.check_integrity()
 

@@ -124,17 +124,46 @@ BAD_PARAMS = [
     (params(sampling_seed=2**63), "sampling_seed", "sampling_seed"),
     (params(sampling_seed=HUGE), "sampling_seed", "sampling_seed"),
     (params(sampling_seed=1.5), "sampling_params", "sampling_seed"),
+    (params(min_p=2), "min_p", "got 2"),
+    (params(frequency_penalty=-3), "frequency_penalty", "[-2, 2]"),
+    (params(presence_penalty=3), "presence_penalty", "[-2, 2]"),
+    (params(repetition_penalty=0), "repetition_penalty", "(0, 2]"),
+    (params(min_new_tokens=3, max_new_tokens=2), "min_new_tokens", "max_new_tokens(2)"),
+    (params(logit_bias={"1024": 1.0}), "logit_bias", "[0, 1023], got 1024"),
+    (params(logit_bias={"-1": 1.0}), "logit_bias", "[0, 1023], got -1"),
+    (params(logit_bias={"x": 1.0}), "sampling_params", "logit_bias"),
+    (params(n=65), "n", "from 1 to 64"),
+    (params(n=True), "n", "from 1 to 64"),
+    (params(n=[2]), "n", "from 1 to 64"),
+    (body(text=["a"] * 9, sampling_params={"n": 32}), "n", "at most 256 answers"),
+    (body(text=["a", "b"], sampling_params=[{"n": 2}, {"n": 3}]), "n", "should be the same"),
+]
+BAD_LOGPROBS = [
+    (body(return_logprob=1), "return_logprob", "boolean"),
+    (body(return_logprob=[True]), "return_logprob", "1 values of return_logprob for 1 prompts"),
+    (body(text=["a", "b"], return_logprob=[True]), "return_logprob", "for 2 prompts"),
+    (body(return_logprob=True, logprob_start_len=-2), "logprob_start_len", "got -2"),
+    (body(return_logprob=True, logprob_start_len=50), "logprob_start_len", "is higher than"),
+    (body(return_logprob=True, top_logprobs_num=21), "top_logprobs_num", "from 0 to 20"),
+    (body(return_logprob=True, top_logprobs_num=1.0), "top_logprobs_num", "integer"),
+    (body(return_logprob=True, token_ids_logprob=[1024]), "token_ids_logprob", "id 1024"),
+    (body(return_logprob=True, token_ids_logprob=[[1]]), "token_ids_logprob", "flat list"),
+    (body(return_logprob=True, token_ids_logprob=[1] * 129), "token_ids_logprob", "at most 128"),
+    (
+        body(
+            text=["a", "b"],
+            return_logprob=True,
+            top_logprobs_num=[1, 2],
+            sampling_params={"n": 2},
+        ),
+        "top_logprobs_num",
+        "Cannot use list top_logprobs_num with parallel_sample_num > 1",
+    ),
+    (body(return_text_in_logprobs="x"), "return_text_in_logprobs", "boolean"),
 ]
 NOT_SERVED = [
     (params(**{name: value}), name, f"{name} is not supported by this server yet")
     for name, value in {
-        "n": 2,
-        "min_p": 0.1,
-        "frequency_penalty": 0.5,
-        "presence_penalty": -0.5,
-        "repetition_penalty": 1.1,
-        "min_new_tokens": 3,
-        "logit_bias": {"5": 1.0},
         "stop_regex": "a+",
         "json_schema": "{}",
         "regex": "a+",
@@ -148,9 +177,6 @@ NOT_SERVED = [
         "input_embeds": [[0.0]],
         "image_data": "x",
         "audio_data": "x",
-        "return_logprob": True,
-        "top_logprobs_num": 3,
-        "token_ids_logprob": [1],
         "return_hidden_states": True,
         "lora_path": "x",
         "session_params": {"id": "x"},
@@ -169,7 +195,7 @@ OTHER_FIELDS = [
     (body(text=["a", "b"], rid=["x", 5]), "rid", "string"),
     (body(text=["a", "b"], rid=["x", "x"]), "rid", "Duplicate request IDs detected within"),
 ]
-BAD = BROKEN_BODIES + BAD_PROMPTS + BAD_PARAMS + NOT_SERVED + OTHER_FIELDS
+BAD = BROKEN_BODIES + BAD_PROMPTS + BAD_PARAMS + BAD_LOGPROBS + NOT_SERVED + OTHER_FIELDS
 
 
 @pytest.mark.parametrize("content,param,words", BAD, ids=[str(row[0][:60]) for row in BAD])
