@@ -119,8 +119,7 @@ class World:
                 self.seen["retracted"] += update.num_retractions
                 self.seen["logprobs of a prompt"] += len(answer.prompt_logprobs) > 0
 
-    def abort(self, number: int) -> None:
-        rid = rid_of(number)
+    def abort(self, rid: str) -> None:
         answer = self.alive().get(rid)
         is_running = rid in [live.request.rid for live in self.scheduler.running]
         self.seen[f"aborted {'running' if is_running else 'waiting' if answer else 'gone'}"] += 1

@@ -42,7 +42,7 @@ NAMES = (
 Killer = Callable[[System], None]
 
 
-def histories(system: System, most: int = 2000) -> None:
+def histories(system: System, most: int = 4000) -> None:
     run_histories(most, system)
 
 
