@@ -139,7 +139,8 @@ MUTANTS: dict[str, tuple] = {
     "abort by prefix": (
         histories,
         "live = self._by_rid.get(rid)",
-        "live = next((one for key, one in self._by_rid.items() if key.startswith(rid)), None)",
+        "rid = next((one for one in self._by_rid if one.startswith(rid)), rid)\n"
+        "        live = self._by_rid.get(rid)",
     ),
     "drop output on retract": (
         histories,
