@@ -181,7 +181,7 @@ class World:
 
     def check_schedule(self, schedule: Schedule) -> None:
         assert schedule.num_prompt_tokens <= self.limits.max_prefill_tokens
-        assert schedule.num_steps in (1, self.limits.num_decode_steps)
+        assert schedule.num_steps == (self.limits.num_decode_steps if schedule.is_decode else 1)
         assert schedule.chunks, "a step of nothing"
         assert all(chunk.tokens or chunk.num_samples for chunk in schedule.chunks)
         chunked = [chunk.live for chunk in schedule.chunks]
@@ -259,4 +259,12 @@ def make_core(world: World, system: System):
     )
     info = types.SimpleNamespace(eos_token_ids=[EOS])  # all that a step asks of it
     log = StepLog(world.scheduler, interval=40, clock=lambda: 0.0)
-    return Core(info, world.scheduler, builder, world.runner, None, log)
+    return Core(
+        info,
+        world.scheduler,
+        builder,
+        world.runner,
+        tokenizer=None,
+        log=log,
+        compile_counter=None,  # no step asks for it
+    )

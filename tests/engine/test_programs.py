@@ -70,6 +70,7 @@ def make_runner(runner_type: type[Runner] = Runner) -> Runner:
         extend_tokens=(8,),
         patch_lines=sizes,
         copies=sizes,
+        decode_steps=(1, NUM_STEPS),
         scores=4,
     )
     return runner_type(*create_model(config, key=jax.random.key(0)), shape, buckets)
