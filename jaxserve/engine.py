@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,6 +14,8 @@ from jaxserve.engine_builder import build_engine
 from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
 from jaxserve.messages import EngineInfo, ToEngine
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -120,8 +123,8 @@ class Engine:
                     self._frontend.deliver(output)
             self._frontend.die(EngineDied("the engine was shut down"))
         except BaseException as error:
-            self._frontend.die(EngineDied(f"the engine failed: {type(error).__name__}: {error}"))
-            raise
+            self._frontend.die(EngineDied.of(error))
+            logger.exception("the engine failed")
         finally:
             self._core.close()
 

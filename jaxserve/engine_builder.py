@@ -98,6 +98,8 @@ def _build(config: EngineConfig, clock: Callable[[], float], counter: CompileCou
     _log_kv_cache(memory)
     shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
     runner = build_runner(model, shape, buckets)
+    if not is_cpu:
+        memory.check_programs(runner.program_bytes)
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
         allocator,
@@ -147,10 +149,20 @@ def _build(config: EngineConfig, clock: Callable[[], float], counter: CompileCou
 
 
 def build_runner(model, shape: StateShape, buckets: Buckets) -> Runner:
-    """Compiles every bucket. `model` is what `ModelFiles.load` returns."""
+    """Compiles every bucket. `model` is what `ModelFiles.load` returns. Raises ValueError where the
+    device has no room for the state or for compiling."""
     began = time.perf_counter()
-    runner = Runner(*model, shape, buckets, _report_compiled)
-    logger.info("Compiled in %.1f s.", time.perf_counter() - began)
+    try:
+        runner = Runner(*model, shape, buckets, _report_compiled)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"out of memory, lower --mem-fraction-static: {error}") from error
+    logger.info(
+        "Compiled in %.1f s. The programs need up to %.2f GB.",
+        time.perf_counter() - began,
+        runner.program_bytes / 1e9,
+    )
     return runner
 
 
@@ -219,7 +231,7 @@ def _load_tokenizer(config: EngineConfig, model_folder: str) -> tuple[Tokenizer 
         return None, None
     folder = model_folder
     if config.tokenizer_path:
-        folder = hub.resolve(config.tokenizer_path, download_dir=config.download_dir)
+        folder = hub.resolve(config.tokenizer_path, {"tokenizer"}, download_dir=config.download_dir)
     return Tokenizer(folder), folder
 
 

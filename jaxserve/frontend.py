@@ -3,6 +3,7 @@
 import concurrent.futures
 import itertools
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
+NEWEST_SHARE = 0.2  # of the mean latency
+
 
 class Frontend:
     """Checks and tokenizes requests, and keeps the live ones. Imports no jax.
@@ -44,6 +47,7 @@ class Frontend:
         self._call_ids = itertools.count()
         self._preferred = _parse_preferred(config.preferred_sampling_params)
         self._died: EngineDied | None = None
+        self._latency = 0.0  # of late, in seconds
         self.last_progress = time.monotonic()  # when the engine was last heard of
         self.info: EngineInfo
         self.tokenizer: Tokenizer | None
@@ -57,6 +61,12 @@ class Frontend:
     @property
     def num_live(self) -> int:
         return len(self._live)
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds until one of the live requests is expected to make room for another: by Little's
+        law as many end in the time that each takes as are live. At least 1."""
+        return max(math.ceil(self._latency / max(self.num_live, 1)), 1)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -138,6 +148,9 @@ class Frontend:
                 generation = take(update.rid, None)
                 if generation is not None:
                     generation.deliver(update)
+                    if generation.is_complete:
+                        before = self._latency or generation.latency
+                        self._latency = before + NEWEST_SHARE * (generation.latency - before)
         elif isinstance(message, Reply):
             future = self._calls.pop(message.call_id, None)
             if future is None or not future.set_running_or_notify_cancel():
@@ -150,7 +163,7 @@ class Frontend:
     def die(self, error: EngineDied) -> None:
         """Ends everything that waits for the engine."""
         with self._lock:
-            self._died = error
+            self._died = self._died or error  # the first one knows best
             generations, futures = list(self._live.values()), list(self._calls.values())
             self._live.clear()
             self._calls.clear()

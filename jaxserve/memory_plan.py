@@ -5,6 +5,7 @@ that the shapes, and with them the compiled programs, are the same at the next s
 """
 
 import dataclasses
+import math
 import os
 
 import jax
@@ -25,6 +26,7 @@ class MemoryPlan:
     page_bytes: int
     num_pages: int
     page_size: int
+    state_bytes: int = 0  # beside the KV cache
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -36,7 +38,20 @@ class MemoryPlan:
 
     @property
     def scratch_bytes(self) -> int:
-        return self.device_bytes - self.weight_bytes - self.kv_cache_bytes
+        static_bytes = self.weight_bytes + self.state_bytes + self.kv_cache_bytes
+        return self.device_bytes - static_bytes
+
+    def check_programs(self, program_bytes: int) -> None:
+        """Raises ValueError where what is left cannot hold a program's temporary arrays: better
+        at the start than at the first long prompt."""
+        if program_bytes <= self.scratch_bytes:
+            return
+        fitting = math.floor(100 * (1 - program_bytes / self.device_bytes)) / 100
+        raise ValueError(
+            f"the programs need {_gb(program_bytes)} beside weights and KV cache, but "
+            f"--mem-fraction-static leaves {_gb(self.scratch_bytes)}: lower it to {fitting}"
+            ", or lower --chunked-prefill-size or --max-running-requests"
+        )
 
     def __str__(self) -> str:
         return (
@@ -100,7 +115,7 @@ def plan_memory(
             f"beside the weights there is no room for one page of {page_size} tokens "
             f"({_gb(page_bytes)}): raise --mem-fraction-static"
         )
-    return MemoryPlan(device_bytes, weight_bytes, page_bytes, num_pages, page_size)
+    return MemoryPlan(device_bytes, weight_bytes, page_bytes, num_pages, page_size, state_bytes)
 
 
 def pages_per_row(context_length: int, page_size: int) -> int:

@@ -61,6 +61,12 @@ class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
     message: str
 
 
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine's last words."""
+
+    message: str
+
+
 class StepOutput(msgspec.Struct, frozen=True, tag="step"):
     """One step's news of all its requests, in one message."""
 
@@ -73,7 +79,7 @@ class Reply(msgspec.Struct, frozen=True, tag="reply"):
     error: str | None = None
 
 
-FromEngine = Ready | StartFailed | StepOutput | Reply
+FromEngine = Ready | StartFailed | EngineFailed | StepOutput | Reply
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -40,7 +40,10 @@ class ModelFiles:
     def find(cls, config: EngineConfig) -> "ModelFiles":
         """Raises FileNotFoundError or ValueError where there is no such model, or none we serve."""
         folder = hub.resolve(
-            config.model_path, revision=config.revision, download_dir=config.download_dir
+            config.model_path,
+            needed_parts(config),
+            revision=config.revision,
+            download_dir=config.download_dir,
         )
         try:
             overrides = json.loads(config.json_model_override_args)
@@ -113,6 +116,16 @@ class ModelFiles:
         finally:
             bar.close()
             checkpoint.close()
+
+
+def needed_parts(config: EngineConfig) -> set[hub.Part]:
+    """What a start reads of `model_path`."""
+    parts: set[hub.Part] = {"config"}
+    if config.load_format != "dummy":
+        parts.add("weights")
+    if not config.skip_tokenizer_init and not config.tokenizer_path:
+        parts.add("tokenizer")
+    return parts
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -54,8 +54,16 @@ class Runner:
         jobs = _jobs(merge, self._weights, self._state, buckets, self._patch_width)
         self._programs = _compile_all(jobs, on_compiled)
 
+    @property
+    def program_bytes(self) -> int:
+        """Of the device's memory that the hungriest program takes while it runs, beside the
+        weights and the state."""
+        return max(_working_bytes(program) for program in self._programs.values())
+
     def reset(self) -> None:
         """A state without requests, after a step has failed and taken the donated one with it."""
+        for leaf in jax.tree.leaves(self._state):
+            leaf.delete()  # what is left of it: there is no room for two
         self._state = self._shape.create()
 
     def dispatch(self, plan: StepPlan) -> Dispatched:
@@ -173,6 +181,14 @@ def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> d
                 function = partial(programs.decode, *model, sampler, rows, steps)
                 jobs["decode", sampler, rows, steps, True] = (function, (weights, state), (1,))
     return jobs
+
+
+def _working_bytes(program: jax.stages.Compiled) -> int:
+    stats = program.memory_analysis()
+    if stats is None:  # the backend does not tell
+        return 0
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.temp_size_in_bytes + max(fresh, 0)
 
 
 def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], None]):
