@@ -291,6 +291,11 @@ MUTANTS: dict[str, tuple] = {
         "is_new_batch, self._batch = rows != self._batch, rows",
         "is_new_batch, self._batch = len(rows) != len(self._batch), rows",
     ),
+    "a failed step's state is used again": (
+        histories,
+        "self._is_state_lost = True",
+        "self._is_state_lost = False",
+    ),
     "a recovery keeps steps in flight": (histories, "self._inflight.clear()", "pass"),
     "the device decodes one token too many": (
         histories,
