@@ -103,7 +103,8 @@ class Engine:
         return self._frontend.call("flush_cache").result()
 
     def shutdown(self) -> None:
-        """Ends the engine's thread; requests that are still running end with EngineDied."""
+        """Ends the engine's thread and frees its memory and programs; requests that are still
+        running end with EngineDied."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -117,6 +118,8 @@ class Engine:
         except BaseException as error:
             self._frontend.die(EngineDied(f"the engine failed: {type(error).__name__}: {error}"))
             raise
+        finally:
+            self._core.close()
 
     def _take_messages(self) -> bool:
         """Takes in what has arrived, waiting where there is nothing to run; False at the end."""

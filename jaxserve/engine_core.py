@@ -81,6 +81,11 @@ class EngineCore:
         self._num_failures = 0
         return StepOutput(updates)
 
+    def close(self) -> None:
+        """Frees what the device holds; no step can follow."""
+        self._inflight.clear()
+        self._runner.close()
+
     def _dispatch(self) -> bool:
         schedule = self.scheduler.schedule()
         if schedule is None:
