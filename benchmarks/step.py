@@ -97,6 +97,7 @@ class Bench:
             extend_tokens=(extend,) if extend else (),
             patch_lines=tuple(sorted({min(4, rows), rows})),
             copies=(1,),
+            decode_steps=(num_steps,),
             scores=64,
         )
         graphdef, params = create_model(config, key=jax.random.key(0))

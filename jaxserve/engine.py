@@ -12,7 +12,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine_builder import build_engine
 from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
-from jaxserve.messages import ToEngine
+from jaxserve.messages import EngineInfo, ToEngine
 
 
 class Engine:
@@ -44,6 +44,11 @@ class Engine:
 
     def __exit__(self, *_: Any) -> None:
         self.shutdown()
+
+    @property
+    def info(self) -> EngineInfo:
+        """What it serves, and its limits."""
+        return self._core.info
 
     def generate(
         self,

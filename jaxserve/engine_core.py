@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from jaxserve.compile_counter import CompileCounter
 from jaxserve.errors import RequestError
 from jaxserve.live_request import Schedule
 from jaxserve.messages import (
@@ -20,6 +21,7 @@ from jaxserve.messages import (
     ToEngine,
 )
 from jaxserve.plan_builder import PlanBuilder
+from jaxserve.plan_recorder import PlanRecorder
 from jaxserve.request import FinishReason, Request, RequestUpdate
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
@@ -43,11 +45,14 @@ class EngineCore:
         runner: Runner,
         tokenizer: Tokenizer | None,
         log: StepLog,
+        compile_counter: CompileCounter,
+        recorder: PlanRecorder | None = None,
     ):
         self.info = info
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self._plan_builder, self._runner, self._log = plan_builder, runner, log
+        self._compile_counter, self._recorder = compile_counter, recorder
         self._eos_token_ids = frozenset(info.eos_token_ids)
         self._inflight: collections.deque[tuple[Schedule, Any]] = collections.deque()
         self._num_failures = 0  # in a row
@@ -91,13 +96,20 @@ class EngineCore:
         if schedule is None:
             return False
         self._log.before(schedule)
-        fresh = self._runner.dispatch(self._plan_builder.build(schedule))
+        plan = self._plan_builder.build(schedule)
+        if self._recorder is not None:
+            self._recorder.dispatch(plan)
+        fresh = self._runner.dispatch(plan)
         self._inflight.append((schedule, fresh))
         return True
 
     def _read(self) -> list[RequestUpdate]:
         schedule, fresh = self._inflight.popleft()
-        return self.scheduler.update(schedule, self._runner.read(fresh))
+        result = self._runner.read(fresh)
+        if self._recorder is not None:
+            taken = (chunk for chunk in schedule.chunks if chunk.num_samples and not chunk.is_stale)
+            self._recorder.read([chunk.live.row for chunk in taken], result.drawn)
+        return self.scheduler.update(schedule, result)
 
     def _recover(self) -> None:
         """A failed step takes the donated state with it: everybody is computed anew, and no
@@ -110,6 +122,14 @@ class EngineCore:
         self.scheduler.retract_all()
         self._plan_builder.reset()
         self._runner.reset()
+        if self._recorder is not None:
+            self._recorder.reset()
+
+    def close(self) -> None:
+        """Ends what it has beside itself. Any thread may call it, and more than once."""
+        self._compile_counter.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def _add(self, request: Request) -> list[StepOutput]:
         try:
@@ -157,6 +177,7 @@ class EngineCore:
             "num_used_tokens": scheduler.num_tokens_in_rows,
             "num_retractions": scheduler.num_retractions,
             "token_usage": self._log.token_usage,
+            **self._compile_counter.report(),
             "effective_max_running_requests_per_dp": scheduler.max_rows,
             "memory_usage": {
                 "weight": round(self.info.weight_bytes / 1e9, 2),

@@ -174,7 +174,7 @@ def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> d
             function = partial(programs.sample, merge, sampler, rows)
             jobs["sample", sampler, rows, True] = (function, (weights, state), (1,))
         for rows in buckets.decode_rows:
-            for steps in sorted({1, len(state.out)}):
+            for steps in buckets.decode_steps:
                 function = partial(programs.decode, *model, sampler, rows, steps)
                 jobs["decode", sampler, rows, steps, True] = (function, (weights, state), (1,))
     return jobs

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import importlib.metadata
 import sys
 import time
 import uuid
@@ -71,7 +72,9 @@ async def get_server_info(request: Request) -> HTTPResponse:
             "max_req_input_len": info.max_req_len - RESERVED,
             "startup_time": info.startup_seconds,
             "internal_states": [state],
+            "vocab_size": info.vocab_size,
             "version": jaxserve.__version__,
+            "jax_version": importlib.metadata.version("jax"),
         }
     )
 
