@@ -125,6 +125,7 @@ class Engine:
             raise
         finally:
             self._core.close()
+            self._core.release()
 
     def _take_messages(self) -> bool:
         """Takes in what has arrived, waiting where there is nothing to run; False at the end."""

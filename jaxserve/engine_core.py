@@ -86,11 +86,6 @@ class EngineCore:
         self._num_failures = 0
         return StepOutput(updates)
 
-    def close(self) -> None:
-        """Frees what the device holds; no step can follow."""
-        self._inflight.clear()
-        self._runner.close()
-
     def _dispatch(self) -> bool:
         schedule = self.scheduler.schedule()
         if schedule is None:
@@ -130,6 +125,11 @@ class EngineCore:
         self._compile_counter.close()
         if self._recorder is not None:
             self._recorder.close()
+
+    def release(self) -> None:
+        """Frees the device's memory and the programs, from the thread that steps; none follows."""
+        self._inflight.clear()
+        self._runner.release()
 
     def _add(self, request: Request) -> list[StepOutput]:
         try:

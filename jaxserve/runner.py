@@ -58,7 +58,7 @@ class Runner:
         """A state without requests, after a step has failed and taken the donated one with it."""
         self._state = self._shape.create()
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Lets go of weights, state and programs; nothing can be dispatched any more."""
         self._programs.clear()
         self._weights, self._state = (), None
