@@ -15,6 +15,7 @@ from jaxserve.messages import (
     AddRequest,
     Call,
     EngineInfo,
+    FromEngine,
     Reply,
     StepOutput,
     ToEngine,
@@ -23,13 +24,17 @@ from jaxserve.plan_builder import PlanBuilder
 from jaxserve.request import FinishReason, Request, RequestUpdate
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
+from jaxserve.serving_state import ServingState
 from jaxserve.step_log import StepLog
 from jaxserve.stop_checker import StopChecker
 from jaxserve.tokenizer import Tokenizer
+from jaxserve.weight_control import WeightControl
+from jaxserve.weight_loader import WeightLoader
 
 logger = logging.getLogger(__name__)
 RUN_AHEAD = 1  # steps that are dispatched before the one before them is read
 MOST_FAILURES = 3
+BUSY_POLL_SECONDS, IDLE_POLL_SECONDS = 0.02, 1.0
 
 
 class EngineCore:
@@ -43,27 +48,52 @@ class EngineCore:
         runner: Runner,
         tokenizer: Tokenizer | None,
         log: StepLog,
+        loader: WeightLoader,
+        state: ServingState,
     ):
         self.info = info
-        self.scheduler = scheduler
+        self.scheduler, self.runner = scheduler, runner
         self.tokenizer = tokenizer
-        self._plan_builder, self._runner, self._log = plan_builder, runner, log
+        self._plan_builder, self._log = plan_builder, log
+        self._weights = WeightControl(self, loader, state)
         self._eos_token_ids = frozenset(info.eos_token_ids)
         self._inflight: collections.deque[tuple[Schedule, Any]] = collections.deque()
         self._num_failures = 0  # in a row
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inflight) or not self.scheduler.is_idle
+        return bool(self._inflight) or (self._weights.may_generate and not self.scheduler.is_quiet)
 
-    def handle(self, message: ToEngine) -> list[Reply | StepOutput]:
+    @property
+    def patience(self) -> float:
+        """Seconds that the loop may wait for a message before it calls `settle` and `step`."""
+        if self.has_work:
+            return 0.0
+        return BUSY_POLL_SECONDS if self._weights.is_busy else IDLE_POLL_SECONDS
+
+    def handle(self, message: ToEngine) -> list[FromEngine]:
         """Takes in one message; an unknown or impossible one is answered, never raised."""
         if isinstance(message, AddRequest):
             return self._add(message.request)
         if isinstance(message, AbortRequest):
             update = self.scheduler.abort(message.rid)
             return [StepOutput([update])] if update else []
-        return [self._call(message)]
+        return self._call(message)
+
+    def settle(self) -> list[FromEngine]:
+        """What control operations that take their time have come to; between two steps."""
+        return self._weights.settle()
+
+    def drain(self) -> list[FromEngine]:
+        """Reads every step in flight, and returns their news: then all is known, and nothing of
+        the device is in use."""
+        outputs: list[FromEngine] = []
+        while self._inflight:
+            try:
+                outputs.append(StepOutput(self._read()))
+            except Exception:
+                self._recover()
+        return outputs
 
     def step(self) -> StepOutput | None:
         """Dispatches a step, then reads the one before: the device is never kept waiting. Returns
@@ -82,17 +112,17 @@ class EngineCore:
         return StepOutput(updates)
 
     def _dispatch(self) -> bool:
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule() if self._weights.may_generate else None
         if schedule is None:
             return False
         self._log.before(schedule)
-        fresh = self._runner.dispatch(self._plan_builder.build(schedule))
+        fresh = self.runner.dispatch(self._plan_builder.build(schedule))
         self._inflight.append((schedule, fresh))
         return True
 
     def _read(self) -> list[RequestUpdate]:
         schedule, fresh = self._inflight.popleft()
-        return self.scheduler.update(schedule, self._runner.read(fresh))
+        return self.scheduler.update(schedule, self.runner.read(fresh))
 
     def _recover(self) -> None:
         """A failed step takes the donated state with it: everybody is computed anew, and no
@@ -104,9 +134,9 @@ class EngineCore:
         self._inflight.clear()
         self.scheduler.retract_all()
         self._plan_builder.reset()
-        self._runner.reset()
+        self.runner.reset()
 
-    def _add(self, request: Request) -> list[StepOutput]:
+    def _add(self, request: Request) -> list[FromEngine]:
         try:
             self.scheduler.add(request, StopChecker(request, self._eos_token_ids, self.tokenizer))
         except ValueError as error:
@@ -116,19 +146,23 @@ class EngineCore:
             return [StepOutput([RequestUpdate(request.rid, [], reason)])]
         return []
 
-    def _call(self, call: Call) -> Reply:
+    def _call(self, call: Call) -> list[FromEngine]:
         operations: dict[str, Callable[..., Any]] = {
             "flush_cache": self._flush_cache,
             "internal_state": self._internal_state,
         }
         operation = operations.get(call.operation)
-        if operation is None:
-            return Reply(call.call_id, error=f"unknown operation {call.operation!r}")
         try:
-            return Reply(call.call_id, value=operation(**call.arguments))
+            if self._weights.handles(call):
+                return self._weights.handle(call)
+            if operation is None:
+                return [Reply(call.call_id, error=f"unknown operation {call.operation!r}")]
+            return [Reply(call.call_id, value=operation(**call.arguments))]
+        except RequestError as error:
+            return [Reply(call.call_id, error=str(error), status=error.status)]
         except Exception as error:
             logger.exception("%s failed", call.operation)
-            return Reply(call.call_id, error=f"{type(error).__name__}: {error}")
+            return [Reply(call.call_id, error=f"{type(error).__name__}: {error}")]
 
     def _flush_cache(self, is_last_try: bool = True) -> bool:
         if self.scheduler.flush():
@@ -148,10 +182,11 @@ class EngineCore:
         return {
             "last_gen_throughput": self._log.last_gen_throughput,
             "num_running_reqs": len(scheduler.running),
-            "num_queue_reqs": len(scheduler.waiting),
+            "num_queue_reqs": len(scheduler.waiting) + len(scheduler.held),
             "num_used_tokens": scheduler.num_tokens_in_rows,
             "num_retractions": scheduler.num_retractions,
             "token_usage": self._log.token_usage,
+            **self._weights.report(),
             "effective_max_running_requests_per_dp": scheduler.max_rows,
             "memory_usage": {
                 "weight": round(self.info.weight_bytes / 1e9, 2),

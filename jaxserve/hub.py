@@ -35,5 +35,19 @@ def resolve(name: str, *, revision: str | None = None, download_dir: str | None 
         ) from error
 
 
+def find_cached(name: str, download_dir: str | None = None) -> pathlib.Path | None:
+    """The folder of a repository that is in the hub's cache; asks nobody."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, local_files_only=True, cache_dir=download_dir, allow_patterns=FILES
+        )
+    except (errors.LocalEntryNotFoundError, errors.HFValidationError, OSError):
+        return None
+    return pathlib.Path(folder)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
