@@ -22,7 +22,15 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import create_model
 from jaxserve.runner import Runner
 from jaxserve.state import StateShape
-from jaxserve.step_plan import KEEP, PATCH_HEADER, RUNNING, SAMPLING_START, StepPlan
+from jaxserve.step_plan import (
+    KEEP,
+    PATCH_HEADER,
+    RUNNING,
+    SAMPLERS,
+    SAMPLING_START,
+    Sampler,
+    StepPlan,
+)
 
 MODELS = {
     "tiny": {
@@ -89,6 +97,7 @@ class Bench:
             extend_tokens=(extend,) if extend else (),
             patch_lines=tuple(sorted({min(4, rows), rows})),
             copies=(1,),
+            decode_steps=(num_steps,),
             scores=64,
         )
         graphdef, params = create_model(config, key=jax.random.key(0))
@@ -110,8 +119,10 @@ class Bench:
         packed[-self.rows :] = np.arange(self.rows)
         return packed.tobytes()
 
-    def decode(self, patch: bytes = b"") -> StepPlan:
-        return StepPlan(0, "decode", self.rows, self.rows, self.num_steps, "greedy", patch=patch)
+    def decode(self, patch: bytes = b"", sampler: Sampler = "greedy") -> StepPlan:
+        wants_tops = sampler == "full"
+        shape = self.rows, self.rows, self.num_steps
+        return StepPlan(0, "decode", *shape, sampler, patch=patch, wants_tops=wants_tops)
 
     def prefill(self) -> StepPlan:
         packed = np.zeros(3 * self.rows + self.extend, np.int32)
@@ -156,6 +167,10 @@ class Bench:
         ):
             times = [self.back_to_back(plans, ahead=ahead) for _ in range(4)]
             yield name, statistics.median(times[1:]), self.host(plans[-1])
+        for sampler in SAMPLERS[1:]:
+            plans = [self.decode(sampler=sampler)] * count
+            times = [self.back_to_back(plans, ahead=1) for _ in range(4)]
+            yield f"run ahead, {sampler} sampler", statistics.median(times[1:]), self.host(plans[0])
         if self.extend:
             times = []
             for _ in range(4):

@@ -157,6 +157,12 @@ class EngineConfig:
         1, group=API, help="tokens from one event of a stream to the next"
     )
 
+    record_plans: str | None = option(
+        None,
+        group=LOGS,
+        help="write every step to this file, for `jaxserve replay`; it holds the prompts and "
+        "answers of all requests (mode 0600)",
+    )
     log_level: str = option(
         "info", group=LOGS, choices=("debug", "info", "warning", "error"), help="of all logs"
     )

@@ -12,7 +12,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine_builder import build_engine
 from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
-from jaxserve.messages import ToEngine
+from jaxserve.messages import EngineInfo, ToEngine
 from jaxserve.serving_state import ServingState
 from jaxserve.weight_request import PauseMode, parse_disk_update
 
@@ -46,6 +46,11 @@ class Engine:
 
     def __exit__(self, *_: Any) -> None:
         self.shutdown()
+
+    @property
+    def info(self) -> EngineInfo:
+        """What it serves, and its limits."""
+        return self._core.info
 
     def generate(
         self,
@@ -146,6 +151,8 @@ class Engine:
         except BaseException as error:
             self._frontend.die(EngineDied(f"the engine failed: {type(error).__name__}: {error}"))
             raise
+        finally:
+            self._core.close()
 
     def _take_messages(self) -> bool:
         """Takes in what has arrived, waiting where there is nothing to run; False at the end."""

@@ -2,14 +2,17 @@
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+import jaxserve
 from jaxserve import compilation_cache, hub
 from jaxserve.buckets import Buckets
+from jaxserve.compile_counter import CompileCounter
 from jaxserve.config import EngineConfig
 from jaxserve.engine_core import EngineCore
 from jaxserve.memory_plan import MemoryPlan, device_memory, pages_per_row, plan_memory
@@ -18,6 +21,8 @@ from jaxserve.model_loader import ModelFiles, num_bytes
 from jaxserve.models.registry import create_model
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.plan_builder import PlanBuilder
+from jaxserve.plan_log import VERSION, Header
+from jaxserve.plan_recorder import PlanRecorder, create_file
 from jaxserve.radix_cache import RadixCache
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
@@ -59,14 +64,31 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
     Raises:
       FileNotFoundError, ValueError: the model or an option cannot be served; says why.
     """
+    counter = CompileCounter()  # before anything is compiled
+    try:
+        core = _build(config, clock, counter)
+    except BaseException:
+        counter.close()
+        raise
+    counter.mark_ready()
+    return core
+
+
+def _build(config: EngineConfig, clock: Callable[[], float], counter: CompileCounter) -> EngineCore:
     start = clock()
-    device = _device(config)
+    device = find_device(config)
     is_cpu = device.platform == "cpu"
     compilation_cache.enable(config.compilation_cache_dir)
     files = ModelFiles.find(config)
+    log_file = create_file(config.record_plans) if config.record_plans else None
     tokenizer, tokenizer_folder = _load_tokenizer(config, files.folder)
     sizes = Sizes.of(config, is_cpu)
-    buckets = Buckets.make(sizes.max_rows, sizes.max_prefill_tokens, sizes.bucket_growth)
+    buckets = Buckets.make(
+        sizes.max_rows,
+        sizes.max_prefill_tokens,
+        sizes.bucket_growth,
+        config.num_continuous_decode_steps,
+    )
     abstract = create_model(files.config)[1]
     memory = plan_memory(
         config,
@@ -79,9 +101,9 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
     )
     logger.info("%s", memory)
     model = files.load(config.load_format, config.random_seed or 0)
-    width = pages_per_row(files.config.context_length, config.page_size)
+    _log_kv_cache(memory)
     shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
-    runner = _build_runner(model, shape, memory, buckets)
+    runner = build_runner(model, shape, buckets)
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
         allocator,
@@ -121,7 +143,11 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
         kv_cache_bytes=memory.kv_cache_bytes,
         startup_seconds=clock() - start,
     )
-    plan_builder = PlanBuilder(buckets, max_rows=sizes.max_rows, pages_per_row=width)
+    plan_builder = PlanBuilder(buckets, max_rows=sizes.max_rows, pages_per_row=shape.pages_per_row)
+    recorder = None
+    if log_file is not None:
+        header = _log_header(config, files, device, shape, buckets)
+        recorder = PlanRecorder(log_file, header)
     log = StepLog(scheduler, config.decode_log_interval, clock)
     return EngineCore(
         info,
@@ -132,7 +158,17 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
         log,
         _weight_loader(config, files, abstract, memory, tokenizer_folder, device),
         ServingState.of(config),
+        counter,
+        recorder,
     )
+
+
+def build_runner(model, shape: StateShape, buckets: Buckets) -> Runner:
+    """Compiles every bucket. `model` is what `ModelFiles.load` returns."""
+    began = time.perf_counter()
+    runner = Runner(*model, shape, buckets, _report_compiled)
+    logger.info("Compiled in %.1f s.", time.perf_counter() - began)
+    return runner
 
 
 def _state_shape(
@@ -174,7 +210,7 @@ def _weight_loader(
     return WeightLoader(abstract, served, root, way, device, timeout)
 
 
-def _build_runner(model, shape: StateShape, memory: MemoryPlan, buckets: Buckets) -> Runner:
+def _log_kv_cache(memory: MemoryPlan) -> None:
     half = memory.kv_cache_bytes / 2e9
     logger.info(
         "KV Cache is allocated. #tokens: %d, K size: %.2f GB, V size: %.2f GB",
@@ -182,13 +218,30 @@ def _build_runner(model, shape: StateShape, memory: MemoryPlan, buckets: Buckets
         half,
         half,
     )
-    began = time.perf_counter()
-    runner = Runner(*model, shape, buckets, _report_compiled)
-    logger.info("Compiled in %.1f s.", time.perf_counter() - began)
-    return runner
 
 
-def _device(config: EngineConfig) -> jax.Device:
+def _log_header(
+    config: EngineConfig,
+    files: ModelFiles,
+    device: jax.Device,
+    shape: StateShape,
+    buckets: Buckets,
+) -> Header:
+    options = {name: getattr(config, name) for name in EngineConfig.__dataclass_fields__}
+    return Header(
+        version=VERSION,
+        jaxserve=jaxserve.__version__,
+        jax=jax.__version__,
+        device=device.device_kind,
+        config=EngineConfig(**options),  # of a server's no more than the engine knows
+        model_folder=os.path.abspath(files.folder),
+        model_digest=files.digest(config.load_format),
+        shape=dataclasses.asdict(shape) | {"dtype": str(shape.dtype)},
+        buckets=buckets,
+    )
+
+
+def find_device(config: EngineConfig) -> jax.Device:
     """Raises ValueError where JAX already runs elsewhere: it chooses once in a process's life."""
     device = jax.devices()[0]
     wanted = {"auto": device.platform, "cuda": "gpu"}.get(config.device, config.device)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from jaxserve.compile_counter import CompileCounter
 from jaxserve.errors import RequestError
 from jaxserve.live_request import Schedule
 from jaxserve.messages import (
@@ -21,6 +22,7 @@ from jaxserve.messages import (
     ToEngine,
 )
 from jaxserve.plan_builder import PlanBuilder
+from jaxserve.plan_recorder import PlanRecorder
 from jaxserve.request import FinishReason, Request, RequestUpdate
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
@@ -50,12 +52,15 @@ class EngineCore:
         log: StepLog,
         loader: WeightLoader,
         state: ServingState,
+        compile_counter: CompileCounter,
+        recorder: PlanRecorder | None = None,
     ):
         self.info = info
-        self.scheduler, self.runner = scheduler, runner
+        self.scheduler = scheduler
         self.tokenizer = tokenizer
-        self._plan_builder, self._log = plan_builder, log
-        self._weights = WeightControl(self, loader, state)
+        self._plan_builder, self._runner, self._log = plan_builder, runner, log
+        self._weights = WeightControl(self, runner, loader, state)
+        self._compile_counter, self._recorder = compile_counter, recorder
         self._eos_token_ids = frozenset(info.eos_token_ids)
         self._inflight: collections.deque[tuple[Schedule, Any]] = collections.deque()
         self._num_failures = 0  # in a row
@@ -111,18 +116,37 @@ class EngineCore:
         self._num_failures = 0
         return StepOutput(updates)
 
+    def change_weights(self, put: Callable[[Runner], None], folder: str | None = None) -> None:
+        """To be called with no step in flight: `put` gives the runner other weights. What the old
+        ones have computed is matched no more.
+
+        Args:
+          folder: that has them, for a replay; None where no folder does.
+        """
+        put(self._runner)
+        self.scheduler.change_weights()
+        if self._recorder is not None:
+            self._recorder.change_weights(folder)
+
     def _dispatch(self) -> bool:
         schedule = self.scheduler.schedule() if self._weights.may_generate else None
         if schedule is None:
             return False
         self._log.before(schedule)
-        fresh = self.runner.dispatch(self._plan_builder.build(schedule))
+        plan = self._plan_builder.build(schedule)
+        if self._recorder is not None:
+            self._recorder.dispatch(plan)
+        fresh = self._runner.dispatch(plan)
         self._inflight.append((schedule, fresh))
         return True
 
     def _read(self) -> list[RequestUpdate]:
         schedule, fresh = self._inflight.popleft()
-        return self.scheduler.update(schedule, self.runner.read(fresh))
+        result = self._runner.read(fresh)
+        if self._recorder is not None:
+            taken = (chunk for chunk in schedule.chunks if chunk.num_samples and not chunk.is_stale)
+            self._recorder.read([chunk.live.row for chunk in taken], result.drawn)
+        return self.scheduler.update(schedule, result)
 
     def _recover(self) -> None:
         """A failed step takes the donated state with it: everybody is computed anew, and no
@@ -134,7 +158,15 @@ class EngineCore:
         self._inflight.clear()
         self.scheduler.retract_all()
         self._plan_builder.reset()
-        self.runner.reset()
+        self._runner.reset()
+        if self._recorder is not None:
+            self._recorder.reset()
+
+    def close(self) -> None:
+        """Ends what it has beside itself. Any thread may call it, and more than once."""
+        self._compile_counter.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def _add(self, request: Request) -> list[FromEngine]:
         try:
@@ -187,6 +219,7 @@ class EngineCore:
             "num_retractions": scheduler.num_retractions,
             "token_usage": self._log.token_usage,
             **self._weights.report(),
+            **self._compile_counter.report(),
             "effective_max_running_requests_per_dp": scheduler.max_rows,
             "memory_usage": {
                 "weight": round(self.info.weight_bytes / 1e9, 2),

@@ -5,6 +5,7 @@ end, even a killed one's, and then this process ends too. Messages go over one s
 per step for all requests.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -26,28 +27,34 @@ def main() -> None:
         # Sent to the whole process group, they are the parent's to act on: it lets requests finish.
         signal.signal(number, signal.SIG_IGN)
     config = EngineConfig(**msgspec.json.decode(sys.stdin.readline()))
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    ending = contextlib.ExitStack()  # what is still to be done at the end, whatever brings it
+    threading.Thread(target=_die_with_parent, args=(ending,), daemon=True).start()
     logs.set_up(config.log_level)
-    _configure_jax(config)
+    configure_jax(config)
     socket = zmq.Context.instance().socket(zmq.PAIR)
     socket.set_hwm(0)
     socket.connect(address)
     try:
         core = _start(config, socket)
         if core is not None:
+            ending.callback(core.close)
             _serve(core, socket)
     finally:
+        ending.close()
         socket.close(linger=1000)
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(ending: contextlib.ExitStack) -> None:
     while sys.stdin.read(4096):
         pass
-    os._exit(0)  # the parent is gone: nobody is left to answer, or to be told
+    try:
+        ending.close()
+    finally:
+        os._exit(0)  # the parent is gone: nobody is left to answer, or to be told
 
 
-def _configure_jax(config: EngineConfig) -> None:
-    """What jax reads from the environment when it is first imported."""
+def configure_jax(config: EngineConfig) -> None:
+    """What jax reads from the environment when it is first imported; for a process that is ours."""
     if config.device != "auto":
         os.environ["JAX_PLATFORMS"] = config.device
     # The memory plan divides what JAX may take; three quarters, its default, is for notebooks.

@@ -1,8 +1,11 @@
 """From a model's name to parameters on the device, with the log lines of a start."""
 
+import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import logging
+import pathlib
 import sys
 import time
 from typing import Any
@@ -20,6 +23,7 @@ from jaxserve.models.weights import ShardProgress, load_params
 
 logger = logging.getLogger(__name__)
 
+DIGEST_THREADS = 8  # hashing leaves the GIL
 SHARD_BAR = (
     "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} "
     "[{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
@@ -77,6 +81,18 @@ class ModelFiles:
         )
         return graphdef, params
 
+    def digest(self, load_format: str) -> str:
+        """Of config.json and the files that hold the weights, whatever their folder."""
+        paths = [pathlib.Path(self.folder, "config.json")]
+        if load_format != "dummy":
+            checkpoint = Checkpoint(self.folder)
+            paths += [file.path for file in checkpoint.files]
+            checkpoint.close()
+        with concurrent.futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
+            digests = pool.map(_sha256, paths)
+        lines = [f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
     def _read(self, abstract: nnx.State) -> nnx.State:
         checkpoint = Checkpoint(self.folder)
         bar = tqdm.tqdm(
@@ -100,6 +116,11 @@ class ModelFiles:
         finally:
             bar.close()
             checkpoint.close()
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def num_bytes(params: nnx.State) -> int:

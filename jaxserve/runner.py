@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -16,7 +17,7 @@ from jaxserve.state import State, StateShape
 from jaxserve.step_plan import NUM_EXTRAS, PATCH_HEADER, SAMPLERS, StepPlan, ints
 from jaxserve.step_result import StepResult
 
-COMPILERS = 4  # threads; XLA compiles outside the GIL
+COMPILERS = max(4, os.cpu_count() or 4)  # threads; XLA compiles outside the GIL
 EXTRAS_LINES = 4  # in one upload: rows that need any seldom begin together
 
 
@@ -216,7 +217,7 @@ def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> d
             function = partial(programs.sample, merge, sampler, rows)
             jobs["sample", sampler, rows, True] = (function, (weights, state), (1,))
         for rows in buckets.decode_rows:
-            for steps in sorted({1, len(state.out)}):
+            for steps in buckets.decode_steps:
                 function = partial(programs.decode, *model, sampler, rows, steps)
                 jobs["decode", sampler, rows, steps, True] = (function, (weights, state), (1,))
     return jobs

@@ -16,6 +16,7 @@ from jaxserve.background import Task
 from jaxserve.errors import RequestError
 from jaxserve.messages import Call, FromEngine, Reply, StepOutput
 from jaxserve.request import FinishReason
+from jaxserve.runner import Runner
 from jaxserve.serving_state import ServingState
 from jaxserve.weight_loader import LoadedUpdate, UpdateFailed, WeightLoader
 from jaxserve.weight_placement import WeightsLost
@@ -42,12 +43,13 @@ class WeightControl:
     def __init__(
         self,
         engine: "EngineCore",
+        runner: Runner,
         loader: WeightLoader,
         state: ServingState,
     ):
         self.state = state
         self.last_update: dict[str, Any] | None = None
-        self._engine, self._loader = engine, loader
+        self._engine, self._runner, self._loader = engine, runner, loader
         self._update: _Update | None = None
         self._reads: dict[int, Task] = {}  # of the weights, by the call that asks for each
         self._missing: frozenset[str] = frozenset()  # tensors whose values are gone
@@ -108,7 +110,7 @@ class WeightControl:
         logger.info("Update engine weights online from disk begin. avail mem=%.2f GB", free)
         task = Task(
             "jaxserve-weights",
-            lambda task: self._loader.load(request, self._engine.runner, task.report),
+            lambda task: self._loader.load(request, self._runner, task.report),
         )
         self._update = _Update(call_id, request, task)
         return []
@@ -166,10 +168,9 @@ class WeightControl:
         elif request.in_flight == "retract":
             scheduler.retract_all()
         try:
-            loaded.commit(self._engine.runner)
+            self._engine.change_weights(loaded.commit, loaded.folder)
         except WeightsLost as error:
             return news + self._lose(update, error)
-        scheduler.change_weights()
         self._missing -= loaded.names
         seconds = time.perf_counter() - began
         logger.info(

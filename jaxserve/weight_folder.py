@@ -37,7 +37,8 @@ class WeightFolder:
         Raises FileNotFoundError, ValueError, OSError: there are no weights, or not below the root,
         or their headers are not sound.
         """
-        self._name, self._folder, self._root = name, folder, root
+        self.path = folder
+        self._name, self._root = name, root
         self.checkpoint = Checkpoint(name, open_shards(folder, root.open))
 
     def check(self, served: Served, *, keep_tokenizer: bool) -> None:
@@ -50,10 +51,10 @@ class WeightFolder:
         Raises:
           ValueError: names what differs.
         """
-        _check_shards(self._folder, self.checkpoint.files)
+        _check_shards(self.path, self.checkpoint.files)
         differences = self._config_differences(served, keep_tokenizer)
         if not keep_tokenizer and served.tokenizer is not None:
-            names = served.tokenizer.differences(self._folder, self._root.read_text)
+            names = served.tokenizer.differences(self.path, self._root.read_text)
             hint = "is another (keep_tokenizer accepts it, and keeps the one that runs)"
             differences += [f"{name} {hint}" for name in names]
         if differences:
@@ -64,7 +65,7 @@ class WeightFolder:
 
         Raises ValueError, OSError.
         """
-        path = self._folder / checksums.FILE
+        path = self.path / checksums.FILE
         if not path.exists():
             return False
         expected = checksums.parse(self._root.read_text(path))
@@ -72,10 +73,10 @@ class WeightFolder:
         return True
 
     def _config_differences(self, served: Served, keep_tokenizer: bool) -> list[str]:
-        if not (self._folder / "config.json").exists():
+        if not (self.path / "config.json").exists():
             return []
         found = ModelConfig.from_pretrained(
-            self._folder, served.context_length, served.overrides, read_text=self._root.read_text
+            self.path, served.context_length, served.overrides, read_text=self._root.read_text
         )
         ignored = {"dtype"} | ({"eos_token_ids"} if keep_tokenizer else set())
         names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ignored]

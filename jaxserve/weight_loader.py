@@ -29,6 +29,7 @@ class UpdateFailed(RequestError):
 class LoadedUpdate:
     """New weights, ready to take their places."""
 
+    folder: str | None
     names: frozenset[str]  # the checkpoint tensors that are given
     num_bytes: int
     seconds: float
@@ -133,6 +134,7 @@ class WeightLoader:
         loaded = weight_placement.load(way, source, runner.weight_specs, free)
         on_bytes(0)  # the last chance to end it
         return LoadedUpdate(
+            folder=folder and str(folder.path),
             names=frozenset(checkpoint.names()),
             num_bytes=sum(checkpoint.tensor(name).nbytes for name in checkpoint.names()),
             seconds=time.perf_counter() - start,

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import importlib.metadata
 import sys
 import time
 import uuid
@@ -76,7 +77,9 @@ async def get_server_info(request: Request) -> HTTPResponse:
             "released_memory": frontend.state.released,
             "fault": frontend.state.fault,
             "internal_states": [state],
+            "vocab_size": info.vocab_size,
             "version": jaxserve.__version__,
+            "jax_version": importlib.metadata.version("jax"),
         }
     )
 

@@ -1,15 +1,14 @@
 """Checkpoints like the demo model's with other weights, and what an engine answers with each."""
 
-import contextlib
+import json
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
-from jax import monitoring
 
 from jaxserve import Engine
 from tests.server.serving import DEMO_MODEL, GREEDY
@@ -41,8 +40,6 @@ def write_variant(
 
 def shard(folder: pathlib.Path, count: int = 2) -> list[pathlib.Path]:
     """Deals the only file of a folder out to several, with an index."""
-    import json
-
     tensors = safetensors.numpy.load_file(folder / FILE)
     (folder / FILE).unlink()
     paths, weight_map = [], {}
@@ -68,22 +65,6 @@ def outputs(engine: Engine) -> list[list[int]]:
 
 def spans(answer: dict) -> list[tuple[str, int, int]]:
     return [(s["version"], s["start"], s["end"]) for s in answer["meta_info"]["weight_versions"]]
-
-
-@contextlib.contextmanager
-def counted_compiles() -> Iterator[list[str]]:
-    """What JAX traces, lowers or compiles meanwhile, whoever asks for it."""
-    events: list[str] = []
-
-    def on_duration(event: str, seconds: float, **_) -> None:
-        if event.startswith("/jax/core/compile/"):
-            events.append(event)
-
-    monitoring.register_event_duration_secs_listener(on_duration)
-    try:
-        yield events
-    finally:
-        monitoring.unregister_event_duration_listener(on_duration)
 
 
 def live_bytes() -> int:

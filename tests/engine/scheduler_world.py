@@ -156,7 +156,7 @@ class World:
         assert schedule.num_prompt_tokens <= self.limits.max_prefill_tokens
         chunked = [chunk.live for chunk in schedule.chunks]
         assert len(set(chunked)) == len(chunked) and set(chunked) <= set(self.scheduler.running)
-        assert schedule.num_steps in (1, self.limits.num_decode_steps)
+        assert schedule.num_steps == (self.limits.num_decode_steps if schedule.is_decode else 1)
         if schedule.new_rows and self.limits.policy == "fcfs":
             admitted = [self.order_of(live) for live in schedule.new_rows]
             waiting = [self.order_of(live) for live in self.scheduler.waiting]

@@ -66,6 +66,7 @@ def compiled() -> Runner:
         extend_tokens=(8,),
         patch_lines=sizes,
         copies=sizes,
+        decode_steps=(1, NUM_STEPS),
         scores=4,
     )
     return Runner(*create_model(config, key=jax.random.key(0)), shape, buckets)

@@ -1,18 +1,20 @@
 """Other weights while the engine runs: which tokens are whose, and what becomes of requests."""
 
 import concurrent.futures
+import pathlib
 import time
 
 import pytest
 
 from jaxserve import Engine
+from jaxserve.compile_counter import CompileCounter
 from jaxserve.errors import RequestError
+from jaxserve.plan_log import Dispatched, Drawn, PlanLog, WeightsChanged
 from tests.engine.reloading import (
     ENDLESS,
     QUESTION,
     TEXTS,
     TOKENS,
-    counted_compiles,
     live_bytes,
     output,
     outputs,
@@ -34,7 +36,11 @@ def other(tmp_path_factory) -> str:
 def engine(pytestconfig, tmp_path_factory, other):
     folder = programs_folder(pytestconfig)
     with Engine(
-        model_path=DEMO_MODEL, compilation_cache_dir=folder, weights_root="/", **SMALL
+        model_path=DEMO_MODEL,
+        compilation_cache_dir=folder,
+        weights_root="/",
+        record_plans=str(tmp_path_factory.mktemp("plans") / "plans"),
+        **SMALL,
     ) as engine:
         yield engine
 
@@ -193,7 +199,7 @@ def test_in_place_goes_on_with_what_is_computed_but_leaves_nothing_of_it(engine,
 @pytest.mark.parametrize("in_flight", ["abort", "retract", "in_place"])
 def test_every_step_in_flight_is_read_before_the_swap(engine, other, monkeypatch, in_flight):
     """What a step has drawn is told under the version that it ran with."""
-    runner, unread, at_swap = engine._core.runner, [], []
+    runner, unread, at_swap = engine._core._runner, [], []
 
     def dispatch(plan, dispatch=runner.dispatch):
         unread.append(plan.step)
@@ -214,6 +220,30 @@ def test_every_step_in_flight_is_read_before_the_swap(engine, other, monkeypatch
     engine.update_weights_from_disk(other, in_flight=in_flight)
     last(running)
     assert at_swap == [[]]
+
+
+def test_recorded_run_tells_of_the_other_weights_where_they_came(engine, other):
+    """The last steps of a version are read before it, the first ones of the next come after."""
+    running = engine.generate(QUESTION, LONGER, stream=True)
+    next(running)
+    engine.update_weights_from_disk(other, in_flight="retract")
+    last(running)
+    folder = pathlib.Path(engine._core.info.model_folder)
+    plans = pathlib.Path(engine._frontend.config.record_plans)
+
+    def records() -> list:
+        with plans.open("rb") as file:
+            found = list(PlanLog(file))
+        return found if isinstance(found[-1], Drawn) else []
+
+    found = wait_for(records, 5)
+    changes = [i for i, record in enumerate(found) if isinstance(record, WeightsChanged)]
+    assert [found[i].folder for i in changes[-2:]] == [str(folder), other]
+    before, after = found[: changes[-1]], found[changes[-1] :]
+    for part in (before, after):
+        dispatched = {record.plan.step for record in part if isinstance(record, Dispatched)}
+        drawn = {record.step for record in part if isinstance(record, Drawn)}
+        assert dispatched >= drawn and dispatched
 
 
 def test_unknown_policy_is_refused(engine, other):
@@ -289,15 +319,16 @@ def test_200_reloads_alternate_exactly_with_flat_memory_and_no_compile(engine, e
     wait_for(engine.flush_cache, 5)
     before = live_bytes()
     began = time.perf_counter()
-    with counted_compiles() as compiles:
-        for i in range(200):
-            name, path = ("other", other) if i % 2 else ("demo", DEMO_MODEL)
-            engine.update_weights_from_disk(path, weight_version=f"{i}")
-            answer = engine.generate(QUESTION, TOKENS)
-            assert answer["output_ids"] == expected[name][0], i
-            assert spans(answer) == [(f"{i}", 0, 12)]
+    counter = CompileCounter()
+    for i in range(200):
+        name, path = ("other", other) if i % 2 else ("demo", DEMO_MODEL)
+        engine.update_weights_from_disk(path, weight_version=f"{i}")
+        answer = engine.generate(QUESTION, TOKENS)
+        assert answer["output_ids"] == expected[name][0], i
+        assert spans(answer) == [(f"{i}", 0, 12)]
+    counter.close()
     seconds = time.perf_counter() - began
     wait_for(engine.flush_cache, 5)
     print(f"200 reloads in {seconds:.1f} s, {before} bytes before, {live_bytes()} after")
     assert live_bytes() == before
-    assert compiles == []
+    assert not any(counter.report().values())

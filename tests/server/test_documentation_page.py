@@ -114,6 +114,8 @@ def test_get_server_info_has_the_options_the_limits_and_the_state(client):
     (state,) = info["internal_states"]
     assert state["last_gen_throughput"] >= 0
     assert state["effective_max_running_requests_per_dp"] == 4
+    assert state["compiled_at_start"] > 10
+    assert state["compiled_after_ready"] == state["traced_after_ready"] == 0
     assert state["memory_usage"]["token_capacity"] == info["max_total_num_tokens"]
     same = client.get("/server_info").json()
     assert same.keys() == info.keys()
