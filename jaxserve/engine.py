@@ -14,6 +14,8 @@ from jaxserve.engine_builder import build_engine
 from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
 from jaxserve.messages import EngineInfo, ToEngine
+from jaxserve.serving_state import ServingState
+from jaxserve.weight_request import PauseMode, parse_disk_update
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +112,31 @@ class Engine:
         """Empties the prefix cache; False, and nothing done, while requests are running."""
         return self._frontend.call("flush_cache").result()
 
+    @property
+    def state(self) -> ServingState:
+        """Which weights serve, under which label, and whether anything is generated."""
+        return self._frontend.state
+
+    def update_weights_from_disk(self, model_path: str, **fields: Any) -> dict[str, Any]:
+        """Serves the weights in another folder, of the same model, from the next step on.
+
+        Args:
+          fields: any other of /update_weights_from_disk (`weight_version`, `in_flight`, ...).
+
+        Raises:
+          RequestError: they cannot be had, or are not of this model; nothing has changed.
+        """
+        update = parse_disk_update({"model_path": model_path, **fields})
+        return self._frontend.call("update_weights", **update.to_arguments()).result()
+
+    def pause_generation(self, mode: PauseMode = "abort") -> None:
+        """Requests wait until `continue_generation`. Those that run end ("abort"), are computed
+        anew afterwards ("retract"), or stay as they are ("in_place")."""
+        self._frontend.call("pause_generation", mode=mode).result()
+
+    def continue_generation(self) -> None:
+        self._frontend.call("continue_generation").result()
+
     def shutdown(self) -> None:
         """Ends the engine's thread and frees its memory and programs; requests that are still
         running end with EngineDied."""
@@ -119,6 +146,8 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._take_messages():
+                for news in self._core.settle():
+                    self._frontend.deliver(news)
                 output = self._core.step()
                 if output is not None:
                     self._frontend.deliver(output)
@@ -132,13 +161,15 @@ class Engine:
 
     def _take_messages(self) -> bool:
         """Takes in what has arrived, waiting where there is nothing to run; False at the end."""
-        while not self._core.has_work or not self._inbox.empty():
-            message = self._inbox.get()
+        while True:
+            try:
+                message = self._inbox.get(timeout=self._core.patience)
+            except queue.Empty:
+                return True
             if message is None:
                 return False
             for answer in self._core.handle(message):
                 self._frontend.deliver(answer)
-        return True
 
     def _submit(self, body: dict[str, Any], on_update: Callable[[], None]) -> Answers:
         parsed, requests = self._frontend.prepare(body)

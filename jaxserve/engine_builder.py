@@ -26,9 +26,14 @@ from jaxserve.plan_recorder import PlanRecorder, create_file
 from jaxserve.radix_cache import RadixCache
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
+from jaxserve.serving_state import ServingState
 from jaxserve.state import StateShape
 from jaxserve.step_log import StepLog
 from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizer_identity import TokenizerIdentity
+from jaxserve.weight_folder import Served
+from jaxserve.weight_loader import WeightLoader
+from jaxserve.weights_root import WeightsRoot, root_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +89,11 @@ def _build(config: EngineConfig, clock: Callable[[], float], counter: CompileCou
         sizes.bucket_growth,
         config.num_continuous_decode_steps,
     )
+    abstract = create_model(files.config)[1]
     memory = plan_memory(
         config,
         files.config,
-        weight_bytes=num_bytes(create_model(files.config)[1]),
+        weight_bytes=num_bytes(abstract),
         device_bytes=device_memory(device),
         max_rows=sizes.max_rows,
         is_cpu=is_cpu,
@@ -145,7 +151,18 @@ def _build(config: EngineConfig, clock: Callable[[], float], counter: CompileCou
         header = _log_header(config, files, device, shape, buckets)
         recorder = PlanRecorder(log_file, header)
     log = StepLog(scheduler, config.decode_log_interval, clock)
-    return EngineCore(info, scheduler, plan_builder, runner, tokenizer, log, counter, recorder)
+    return EngineCore(
+        info,
+        scheduler,
+        plan_builder,
+        runner,
+        tokenizer,
+        log,
+        _weight_loader(config, files, abstract, memory, tokenizer_folder, device),
+        ServingState.of(config),
+        counter,
+        recorder,
+    )
 
 
 def build_runner(model, shape: StateShape, buckets: Buckets) -> Runner:
@@ -184,6 +201,25 @@ def _state_shape(
         vocab_size=model.vocab_size,
         dtype=jnp.dtype(model.dtype),
     )
+
+
+def _weight_loader(
+    config: EngineConfig,
+    files: ModelFiles,
+    abstract,
+    memory: MemoryPlan,
+    tokenizer_folder: str | None,
+    device: jax.Device,
+) -> WeightLoader:
+    served = Served(
+        config=files.config,
+        context_length=config.context_length,
+        overrides=files.overrides,
+        tokenizer=TokenizerIdentity(tokenizer_folder) if tokenizer_folder else None,
+    )
+    root = WeightsRoot([config.weights_root or root_of(files.folder)], config.download_dir)
+    way, timeout = memory.weight_reload, config.weight_load_timeout
+    return WeightLoader(abstract, served, root, way, device, timeout)
 
 
 def _log_kv_cache(memory: MemoryPlan) -> None:

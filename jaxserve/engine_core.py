@@ -16,6 +16,7 @@ from jaxserve.messages import (
     AddRequest,
     Call,
     EngineInfo,
+    FromEngine,
     Reply,
     StepOutput,
     ToEngine,
@@ -25,13 +26,17 @@ from jaxserve.plan_recorder import PlanRecorder
 from jaxserve.request import FinishReason, Request, RequestUpdate
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
+from jaxserve.serving_state import ServingState
 from jaxserve.step_log import StepLog
 from jaxserve.stop_checker import StopChecker
 from jaxserve.tokenizer import Tokenizer
+from jaxserve.weight_control import WeightControl
+from jaxserve.weight_loader import WeightLoader
 
 logger = logging.getLogger(__name__)
 RUN_AHEAD = 1  # steps that are dispatched before the one before them is read
 MOST_FAILURES = 3  # between which the oldest request gets no token: then the engine gives up
+BUSY_POLL_SECONDS, IDLE_POLL_SECONDS = 0.02, 1.0
 
 
 class EngineCore:
@@ -45,6 +50,8 @@ class EngineCore:
         runner: Runner,
         tokenizer: Tokenizer | None,
         log: StepLog,
+        loader: WeightLoader,
+        state: ServingState,
         compile_counter: CompileCounter,
         recorder: PlanRecorder | None = None,
     ):
@@ -52,6 +59,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self._plan_builder, self._runner, self._log = plan_builder, runner, log
+        self._weights = WeightControl(self, runner, loader, state)
         self._compile_counter, self._recorder = compile_counter, recorder
         self._eos_token_ids = frozenset(info.eos_token_ids)
         self._inflight: collections.deque[tuple[Schedule, Any]] = collections.deque()
@@ -61,9 +69,16 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inflight) or not self.scheduler.is_idle
+        return bool(self._inflight) or (self._weights.may_generate and not self.scheduler.is_quiet)
 
-    def handle(self, message: ToEngine) -> list[Reply | StepOutput]:
+    @property
+    def patience(self) -> float:
+        """Seconds that the loop may wait for a message before it calls `settle` and `step`."""
+        if self.has_work:
+            return 0.0
+        return BUSY_POLL_SECONDS if self._weights.is_busy else IDLE_POLL_SECONDS
+
+    def handle(self, message: ToEngine) -> list[FromEngine]:
         """Takes in one message; an unknown or impossible one is answered, never raised."""
         if isinstance(message, AddRequest):
             return self._add(message.request)
@@ -71,7 +86,24 @@ class EngineCore:
             update = self.scheduler.abort(message.rid)
             self._note_idle()
             return [StepOutput([update])] if update else []
-        return [self._call(message)]
+        return self._call(message)
+
+    def settle(self) -> list[FromEngine]:
+        """What control operations that take their time have come to; between two steps."""
+        return self._weights.settle()
+
+    def drain(self) -> list[FromEngine]:
+        """Reads every step in flight, and returns their news: then all is known, and nothing of
+        the device is in use."""
+        outputs: list[FromEngine] = []
+        while self._inflight:
+            try:
+                outputs.append(StepOutput(self._read()))
+                continue
+            except Exception as error:
+                self._count_failure(error)
+            self._start_over()
+        return outputs
 
     def step(self) -> StepOutput | None:
         """Dispatches a step, then reads the one before: the device is never kept waiting. Returns
@@ -87,14 +119,7 @@ class EngineCore:
             return self._step()
         except Exception as error:
             self._count_failure(error)
-            logger.exception("a step failed; every request is computed anew")
-        # Not above: there the traceback holds what the failed step leaves on the device.
-        self._inflight.clear()
-        self.scheduler.retract_all()
-        self._plan_builder.reset()
-        self._is_state_lost = True
-        if self._recorder is not None:
-            self._recorder.reset()
+        self._start_over()
         return StepOutput([])
 
     def _step(self) -> StepOutput | None:
@@ -114,8 +139,20 @@ class EngineCore:
         if not self.has_work:
             self._log.on_idle()
 
+    def change_weights(self, put: Callable[[Runner], None], folder: str | None = None) -> None:
+        """To be called with no step in flight: `put` gives the runner other weights. What the old
+        ones have computed is matched no more.
+
+        Args:
+          folder: that has them, for a replay; None where no folder does.
+        """
+        put(self._runner)
+        self.scheduler.change_weights()
+        if self._recorder is not None:
+            self._recorder.change_weights(folder)
+
     def _dispatch(self) -> bool:
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule() if self._weights.may_generate else None
         if schedule is None:
             return False
         self._log.before(schedule)
@@ -146,6 +183,17 @@ class EngineCore:
                 f"the engine failed: {MOST_FAILURES} steps in a row did, the last one with "
                 f"{type(error).__name__}: {error}"
             ) from error
+        logger.exception("a step failed; every request is computed anew")
+
+    def _start_over(self) -> None:
+        """To be called where the failure is no longer handled: its traceback holds what the failed
+        step has left on the device."""
+        self._inflight.clear()
+        self.scheduler.retract_all()
+        self._plan_builder.reset()
+        self._is_state_lost = True
+        if self._recorder is not None:
+            self._recorder.reset()
 
     def close(self) -> None:
         """Ends what it has beside itself. Any thread may call it, and more than once."""
@@ -158,7 +206,7 @@ class EngineCore:
         self._inflight.clear()
         self._runner.release()
 
-    def _add(self, request: Request) -> list[StepOutput]:
+    def _add(self, request: Request) -> list[FromEngine]:
         try:
             stop_checker = StopChecker(request, self._eos_token_ids, self.tokenizer)
         except Exception as error:  # the tokenizer's, of this prompt
@@ -174,19 +222,23 @@ class EngineCore:
             return [StepOutput([RequestUpdate(request.rid, [], reason)])]
         return []
 
-    def _call(self, call: Call) -> Reply:
+    def _call(self, call: Call) -> list[FromEngine]:
         operations: dict[str, Callable[..., Any]] = {
             "flush_cache": self._flush_cache,
             "internal_state": self._internal_state,
         }
         operation = operations.get(call.operation)
-        if operation is None:
-            return Reply(call.call_id, error=f"unknown operation {call.operation!r}")
         try:
-            return Reply(call.call_id, value=operation(**call.arguments))
+            if self._weights.handles(call):
+                return self._weights.handle(call)
+            if operation is None:
+                return [Reply(call.call_id, error=f"unknown operation {call.operation!r}")]
+            return [Reply(call.call_id, value=operation(**call.arguments))]
+        except RequestError as error:
+            return [Reply(call.call_id, error=str(error), status=error.status)]
         except Exception as error:
             logger.exception("%s failed", call.operation)
-            return Reply(call.call_id, error=f"{type(error).__name__}: {error}")
+            return [Reply(call.call_id, error=f"{type(error).__name__}: {error}")]
 
     def _flush_cache(self, is_last_try: bool = True) -> bool:
         if self.scheduler.flush():
@@ -206,10 +258,11 @@ class EngineCore:
         return {
             "last_gen_throughput": self._log.last_gen_throughput,
             "num_running_reqs": len(scheduler.running),
-            "num_queue_reqs": len(scheduler.waiting),
+            "num_queue_reqs": len(scheduler.waiting) + len(scheduler.held),
             "num_used_tokens": scheduler.num_tokens_in_rows,
             "num_retractions": scheduler.num_retractions,
             "token_usage": self._log.token_usage,
+            **self._weights.report(),
             **self._compile_counter.report(),
             "effective_max_running_requests_per_dp": scheduler.max_rows,
             "memory_usage": {

@@ -20,7 +20,6 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDied
 
 logger = logging.getLogger("jaxserve.engine_process")  # whose __name__ is __main__
-IDLE_POLL_MS = 1000
 
 
 def main() -> None:
@@ -90,9 +89,11 @@ def _start(config: EngineConfig, socket: zmq.Socket):
 def _serve(core, socket: zmq.Socket) -> None:
     """The loop: take in all that has arrived, run a step, tell the news."""
     while True:
-        while socket.poll(0 if core.has_work else IDLE_POLL_MS):
+        while socket.poll(core.patience * 1000):
             for answer in core.handle(messages.decode_to_engine(socket.recv())):
                 socket.send(messages.encode(answer))
+        for news in core.settle():
+            socket.send(messages.encode(news))
         output = core.step()
         if output is not None and output.updates:
             socket.send(messages.encode(output))

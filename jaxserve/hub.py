@@ -42,6 +42,11 @@ def resolve(
     return str(folder)
 
 
+def find_cached(name: str, download_dir: str | None = None) -> pathlib.Path | None:
+    """The folder of a repository that is in the hub's cache; asks nobody."""
+    return _find_cached(name, {"revision": None, "cache_dir": download_dir})
+
+
 def _find_cached(name: str, where: dict[str, Any]) -> pathlib.Path | None:
     import huggingface_hub
 

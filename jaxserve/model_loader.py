@@ -8,6 +8,7 @@ import logging
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 import tqdm
@@ -15,9 +16,10 @@ from flax import nnx
 
 from jaxserve import hub
 from jaxserve.config import EngineConfig
+from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import create_model, random_params
-from jaxserve.models.weights import Checkpoint, ShardProgress, load_params
+from jaxserve.models.weights import ShardProgress, load_params
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ class ModelFiles:
     folder: str
     config: ModelConfig
     model_type: str
+    overrides: dict[str, Any]  # laid over config.json
 
     @classmethod
     def find(cls, config: EngineConfig) -> "ModelFiles":
@@ -56,7 +59,7 @@ class ModelFiles:
             model = dataclasses.replace(model, dtype=config.dtype)
         with open(f"{folder}/config.json") as file:
             model_type = json.load(file).get("model_type", "")
-        return cls(folder, model, model_type)
+        return cls(folder, model, model_type, overrides)
 
     def load(self, load_format: str, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
         """Reads the checkpoint, or draws random weights where `load_format` is "dummy".

@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,10 @@ class Runner:
     ):
         """Compiles every bucket; calls `on_compiled(done, total)` after each."""
         leaves, treedef = jax.tree.flatten(params)
-        self._weights = tuple(leaves)
+        self._weights: tuple[jax.Array | None, ...] = tuple(leaves)
+        self.weight_specs = tuple(
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves
+        )
         self._shape = shape
         self._patch_width = PATCH_HEADER + shape.pages_per_row
         self._state = shape.create()
@@ -60,8 +63,41 @@ class Runner:
         weights and the state."""
         return max(_working_bytes(program) for program in self._programs.values())
 
+    @property
+    def weights(self) -> tuple[jax.Array | None, ...]:
+        """The leaves of the parameters, in the order of `jax.tree.leaves`; None where one was
+        released. No program takes them: whoever holds the tuple may read it from any thread."""
+        return self._weights
+
+    def swap(self, leaves: Mapping[int, jax.Array]) -> None:
+        """Puts others in the place of some leaves, or all. Nothing is compiled or copied; steps
+        in flight keep theirs.
+
+        Raises:
+          ValueError: one has another shape, dtype or sharding; nothing was changed.
+        """
+        for number, leaf in leaves.items():
+            self._check_leaf(number, leaf)
+        self._weights = tuple(leaves.get(i, leaf) for i, leaf in enumerate(self._weights))
+
+    def overwrite(self, number: int, make: Callable[[], jax.Array]) -> None:
+        """Frees a leaf before its successor is made, where there is no room for both. To be called
+        with no step in flight. If `make` raises, the leaf is gone."""
+        self._release_leaf(number)
+        self.swap({number: make()})
+
+    def release_weights(self) -> None:
+        """Gives their memory back; to be called with no step in flight."""
+        for number in range(len(self._weights)):
+            self._release_leaf(number)
+
+    def release_state(self) -> None:
+        """Gives the KV cache's memory back, until `reset`."""
+        for leaf in jax.tree.leaves(self._state):
+            leaf.delete()
+
     def reset(self) -> None:
-        """A state without requests, after a step has failed and taken the donated one with it."""
+        """A state without requests: after a step has failed and taken the donated one with it."""
         for leaf in jax.tree.leaves(self._state):
             leaf.delete()  # what is left of it: there is no room for two
         self._state = self._shape.create()
@@ -100,6 +136,18 @@ class Runner:
             tops=None if fresh.tops is None else np.asarray(fresh.tops),
             scores=np.concatenate(scores)[: fresh.num_scores] if scores else None,
         )
+
+    def _release_leaf(self, number: int) -> None:
+        leaf = self._weights[number]
+        self._weights = (*self._weights[:number], None, *self._weights[number + 1 :])
+        if leaf is not None:
+            leaf.delete()
+
+    def _check_leaf(self, number: int, leaf: jax.Array) -> None:
+        spec = self.weight_specs[number]
+        got, wanted = ((x.shape, str(x.dtype), x.sharding) for x in (leaf, spec))
+        if got != wanted:
+            raise ValueError(f"weight {number}: {got} cannot take the place of {wanted}")
 
     def _change_rows(self, plan: StepPlan) -> None:
         if plan.patch:

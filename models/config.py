@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, get_args
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
@@ -61,6 +61,7 @@ class ModelConfig:
         folder: str | pathlib.Path,
         context_length: int | None = None,
         overrides: Mapping[str, Any] | None = None,
+        read_text: Callable[[pathlib.Path], str] = pathlib.Path.read_text,
     ) -> Self:
         """Reads `config.json` (and the EOS ids of `generation_config.json`) in `folder`.
 
@@ -68,11 +69,11 @@ class ModelConfig:
           FileNotFoundError, ValueError: as `from_dict`; the message names the file.
         """
         folder = pathlib.Path(folder)
-        raw = _read_json(folder / "config.json") | dict(overrides or {})
+        raw = _read_json(folder / "config.json", read_text) | dict(overrides or {})
         config = cls.from_dict(raw, context_length)
         generation = folder / "generation_config.json"
         if generation.exists():
-            extra = _token_ids(_read_json(generation).get("eos_token_id"))
+            extra = _token_ids(_read_json(generation, read_text).get("eos_token_id"))
             ids = dict.fromkeys((*config.eos_token_ids, *extra))
             config = dataclasses.replace(config, eos_token_ids=tuple(ids))
         return config
@@ -248,9 +249,9 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: pathlib.Path, read_text: Callable[[pathlib.Path], str]) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):

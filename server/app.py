@@ -11,9 +11,10 @@ from sanic.response import HTTPResponse
 from jaxserve.config import ServerConfig
 from jaxserve.errors import EngineDied, RequestError
 from jaxserve.frontend import Frontend
-from jaxserve.server import bodies, control, generate, info, openai
+from jaxserve.server import bodies, control, generate, info, openai, weights
 
 logger = logging.getLogger("jaxserve.server.access")
+NEW_WORK = {"/generate", *weights.PATHS}  # refused while the server ends
 
 
 class _Request(Request):
@@ -48,7 +49,7 @@ def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
     app.ctx.frontend = frontend
     app.ctx.is_stopping = False
     app.ctx.num_calls = 0
-    for module in (generate, info, control, openai):
+    for module in (generate, info, control, openai, weights):
         app.blueprint(module.blueprint.copy(module.blueprint.name))
     app.error_handler.add(Exception, _on_error)
     app.register_middleware(_refuse_when_stopping, "request")
@@ -69,7 +70,7 @@ def _on_error(request: Request, error: Exception) -> HTTPResponse:
 
 
 async def _refuse_when_stopping(request: Request) -> HTTPResponse | None:
-    if request.app.ctx.is_stopping and request.path == "/generate":
+    if request.app.ctx.is_stopping and request.path in NEW_WORK:
         request.stream.keep_alive = False
         return bodies.error("the server is shutting down", 503)
     return None

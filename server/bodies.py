@@ -24,6 +24,20 @@ def read_json(request: Request) -> Any:
         raise RequestError(f"the body must be JSON, but {what}") from error
 
 
+def read_optional(request: Request) -> dict[str, Any]:
+    """The body, empty where there is none.
+
+    Raises:
+      RequestError: it is no JSON object.
+    """
+    body = read_json(request) if request.body else None
+    if body is None:
+        return {}
+    if not isinstance(body, dict):
+        raise RequestError("the body must be a JSON object")
+    return body
+
+
 def json(content: Any, status: int = 200) -> HTTPResponse:
     return raw(msgspec.json.encode(content), status=status, content_type="application/json")
 

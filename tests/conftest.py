@@ -14,6 +14,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # No shapes to check (or an abstract protocol's), and beartype cannot do `typing.Self` in a method.
 NO_SHAPES = {
+    "jaxserve.models.checkpoint",
     "jaxserve.models.config",
     "jaxserve.models.interface",
     "jaxserve.models.registry",

@@ -31,7 +31,7 @@ def plan(
     **options,
 ):
     return plan_memory(
-        EngineConfig(model_path="x", **options),
+        EngineConfig(**{"model_path": "x", "weight_reload": "host"} | options),
         model_config or model(),
         weight_bytes=weights,
         device_bytes=device,
@@ -119,6 +119,34 @@ def test_state_is_no_room_for_programs():
     with_state, without = plan(state_bytes=GB), plan()
     assert with_state.kv_cache_bytes < without.kv_cache_bytes - 0.99 * GB
     assert abs(with_state.scratch_bytes - without.scratch_bytes) < 2 * with_state.page_bytes
+
+
+def test_aside_keeps_room_for_a_second_copy():
+    made, without = plan(weight_reload="aside", page_size=1), plan(page_size=1)
+    print(made)
+    assert (made.weight_reload, made.reload_bytes) == ("aside", GB)
+    assert abs(without.kv_cache_bytes - made.kv_cache_bytes - GB) <= TOKEN_BYTES
+    assert plan(weight_reload="in-place", page_size=1).num_pages == without.num_pages
+
+
+@pytest.mark.parametrize(
+    "options,way",
+    [
+        ({}, "aside"),
+        ({"weights": 2 * GB}, "host"),
+        ({"device": int(4.9 * GB)}, "host"),
+        # The tokens asked for fit beside one copy, not beside two.
+        ({"max_total_tokens": 7 * GB // TOKEN_BYTES}, "host"),
+        ({"max_total_tokens": 6 * GB // TOKEN_BYTES}, "aside"),
+    ],
+)
+def test_auto_is_aside_for_weights_below_a_fifth_of_the_device(options, way):
+    assert plan(weight_reload="auto", page_size=1, **options).weight_reload == way
+
+
+def test_no_room_for_two_copies_names_the_flag():
+    with pytest.raises(ValueError, match=r"two copies .* 2\.00 GB, .*--weight-reload host"):
+        plan(weight_reload="aside", device=2 * GB)
 
 
 def test_same_configuration_gives_the_same_plan():
