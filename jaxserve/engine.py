@@ -111,7 +111,8 @@ class Engine:
         return self._frontend.call("flush_cache").result()
 
     def shutdown(self) -> None:
-        """Ends the engine's thread; requests that are still running end with EngineDied."""
+        """Ends the engine's thread and frees its memory and programs; requests that are still
+        running end with EngineDied."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -127,6 +128,7 @@ class Engine:
             logger.exception("the engine failed")
         finally:
             self._core.close()
+            self._core.release()
 
     def _take_messages(self) -> bool:
         """Takes in what has arrived, waiting where there is nothing to run; False at the end."""

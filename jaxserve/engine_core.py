@@ -153,6 +153,11 @@ class EngineCore:
         if self._recorder is not None:
             self._recorder.close()
 
+    def release(self) -> None:
+        """Frees the device's memory and the programs, from the thread that steps; none follows."""
+        self._inflight.clear()
+        self._runner.release()
+
     def _add(self, request: Request) -> list[StepOutput]:
         try:
             stop_checker = StopChecker(request, self._eos_token_ids, self.tokenizer)

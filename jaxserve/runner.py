@@ -66,6 +66,11 @@ class Runner:
             leaf.delete()  # what is left of it: there is no room for two
         self._state = self._shape.create()
 
+    def release(self) -> None:
+        """Lets go of weights, state and programs; nothing can be dispatched any more."""
+        self._programs.clear()
+        self._weights, self._state = (), None
+
     def dispatch(self, plan: StepPlan) -> Dispatched:
         """Enqueues one step; `read` waits for what it returns."""
         self._change_rows(plan)
@@ -196,10 +201,8 @@ def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], Non
 
     def compile_one(job):
         function, arguments, donated = job
-        # A leaf that a program replaces unread is kept as its argument: left out, its buffer would
-        # go to another leaf of its shape, addresses would change, and graphs be patched.
-        jitted = jax.jit(function, donate_argnums=donated, keep_unused=True)
-        return jitted.lower(*arguments).compile()
+        # Not keep_unused: with it a cache of JAX's keeps every program for good.
+        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
 
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
         futures = {key: pool.submit(compile_one, job) for key, job in jobs.items()}

@@ -34,6 +34,7 @@ class Answer:
         else:
             assert self.output == tokens and reason.type == end
             assert reason.length in (None, len(tokens))
+            assert end != "abort" or "not finite" in reason.message
 
     def take_logprobs(self, update: RequestUpdate) -> None:
         """Each is told once, in order, with the news of its token; those of the prompt first."""

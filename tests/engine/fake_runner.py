@@ -17,8 +17,10 @@ class FakeRunner:
     def __init__(self, device: Device, scheduler: Scheduler):
         self.device, self.scheduler = device, scheduler
         self.fault: str | None = None
+        self.is_state_lost = False
 
     def dispatch(self, plan: StepPlan) -> StepResult:
+        assert not self.is_state_lost, "a failed step has taken it"
         self.fail_at("before")
         before = dict(self.device.slots)
         result = self.device.dispatch(plan, self.scheduler.running)
@@ -31,11 +33,12 @@ class FakeRunner:
         return result
 
     def reset(self) -> None:
+        self.is_state_lost = False
         self.device.reset()
 
     def fail_at(self, place: str) -> None:
         if self.fault == place:
-            self.fault = None
+            self.fault, self.is_state_lost = None, True
             raise Fault
 
     def check_written(self, pages: set[int]) -> None:

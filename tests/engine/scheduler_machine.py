@@ -33,7 +33,6 @@ LIMITS = st.builds(
 HISTORIES = settings(
     stateful_step_count=25,
     deadline=None,
-    derandomize=True,
     database=None,
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
@@ -116,7 +115,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 def run_histories(most: int, system: System = REAL) -> collections.Counter:
-    """So many, or until one fails; the same in every run. Returns what was seen in them."""
+    """So many, or until one fails. Returns what was seen in them."""
     phases = tuple(Phase) if system is REAL else (Phase.generate,)  # who looks for a bug has it
     seen: collections.Counter = collections.Counter()
     machine = type("Machine", (SchedulerMachine,), {"system": system, "seen": seen})

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import sys
 import types
 
 from jaxserve.buckets import Buckets
@@ -104,7 +103,8 @@ class World:
 
     def dispatch(self) -> None:
         """One step further ahead than the engine runs."""
-        self.core._dispatch()
+        if not self.core._is_state_lost:
+            self.core._dispatch()
 
     def read(self) -> None:
         self.take(self.core._read())
@@ -138,9 +138,7 @@ class World:
         self.seen["flushed" if is_idle else "not flushed"] += 1
 
     def fail(self, place: str) -> None:
-        """A step fails, where it comes so far; never so often that the engine gives up."""
-        if self.core._num_failures + 1 >= MOST_FAILURES:
-            return
+        """A step fails, where it comes so far."""
         self.runner.fault = place
         self.step()
         if self.runner.fault is None:
@@ -247,10 +245,11 @@ def make_core(world: World, system: System):
             world.seen["late result"] += any(c.is_stale for c in world.inflight[0].chunks)
             return super()._read()
 
-        def _recover(self) -> None:
-            if not isinstance(sys.exception(), Fault):
-                raise
-            super()._recover()
+        def _count_failure(self, error: Exception) -> None:
+            if not isinstance(error, Fault):
+                raise error
+            self._num_failures %= MOST_FAILURES - 1  # it never gives up
+            super()._count_failure(error)
 
     limits = world.limits
     buckets = Buckets.make(limits.max_rows, limits.max_prefill_tokens, growth=2)
