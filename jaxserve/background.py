@@ -11,6 +11,19 @@ class GivenUp(Exception):
     """Nobody waits for the work any more."""
 
 
+class Done:
+    """What a task is once it is done, of work that takes no time."""
+
+    is_done = True
+    idle_seconds = 0.0
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def result(self) -> Any:
+        return self._value
+
+
 class Task:
     """One function in a thread of its own. The thread does not keep the process alive: a disk that
     never answers must not either."""

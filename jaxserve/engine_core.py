@@ -74,7 +74,7 @@ class EngineCore:
     @property
     def patience(self) -> float:
         """Seconds that the loop may wait for a message before it calls `settle` and `step`."""
-        if self.has_work:
+        if self.has_work or self._weights.is_due:
             return 0.0
         return BUSY_POLL_SECONDS if self._weights.is_busy else IDLE_POLL_SECONDS
 

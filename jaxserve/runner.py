@@ -76,9 +76,16 @@ class Runner:
         Raises:
           ValueError: one has another shape, dtype or sharding; nothing was changed.
         """
-        for number, leaf in leaves.items():
-            self._check_leaf(number, leaf)
+        self.check_leaves(leaves)
         self._weights = tuple(leaves.get(i, leaf) for i, leaf in enumerate(self._weights))
+
+    def check_leaves(self, leaves: Mapping[int, jax.Array]) -> None:
+        """Raises ValueError for a leaf that has another shape, dtype or sharding than its own."""
+        for number, leaf in leaves.items():
+            spec = self.weight_specs[number]
+            got, wanted = ((x.shape, str(x.dtype), x.sharding) for x in (leaf, spec))
+            if got != wanted:
+                raise ValueError(f"weight {number}: {got} cannot take the place of {wanted}")
 
     def overwrite(self, number: int, make: Callable[[], jax.Array]) -> None:
         """Frees a leaf before its successor is made, where there is no room for both. To be called
@@ -142,12 +149,6 @@ class Runner:
         self._weights = (*self._weights[:number], None, *self._weights[number + 1 :])
         if leaf is not None:
             leaf.delete()
-
-    def _check_leaf(self, number: int, leaf: jax.Array) -> None:
-        spec = self.weight_specs[number]
-        got, wanted = ((x.shape, str(x.dtype), x.sharding) for x in (leaf, spec))
-        if got != wanted:
-            raise ValueError(f"weight {number}: {got} cannot take the place of {wanted}")
 
     def _change_rows(self, plan: StepPlan) -> None:
         if plan.patch:

@@ -7,12 +7,13 @@ flight is read, and only then they take their places: no step mixes two versions
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
 import msgspec
 
-from jaxserve.background import Task
+from jaxserve.background import Done, Task
 from jaxserve.errors import RequestError
 from jaxserve.messages import Call, FromEngine, Reply, StepOutput
 from jaxserve.request import FinishReason
@@ -36,7 +37,7 @@ class _Update:
 
     call_id: int
     request: WeightUpdate
-    task: Task  # gives a LoadedUpdate
+    task: Task | Done  # gives a LoadedUpdate
 
 
 class WeightControl:
@@ -55,6 +56,7 @@ class WeightControl:
         self._missing: frozenset[str] = frozenset()  # tensors whose values are gone
         self._operations: dict[str, Callable[..., list[FromEngine]]] = {
             "update_weights": self._start_update,
+            "swap_weights": self._start_swap,
             "update_weight_version": self._change_version,
             "pause_generation": self._pause,
             "continue_generation": self._continue,
@@ -68,6 +70,13 @@ class WeightControl:
     def is_busy(self) -> bool:
         """Something is under way that `settle` has to finish."""
         return self._update is not None or bool(self._reads)
+
+    @property
+    def is_due(self) -> bool:
+        """And can be finished, unless it waits for requests that run."""
+        if self._reads:
+            return any(task.is_done for task in self._reads.values())
+        return self._update is not None and self._update.task.is_done
 
     def handles(self, call: Call) -> bool:
         return call.operation in self._operations
@@ -103,8 +112,7 @@ class WeightControl:
 
     def _start_update(self, call_id: int, **fields: Any) -> list[FromEngine]:
         request = WeightUpdate(**fields)
-        if self._update is not None:
-            raise UpdateFailed("Another update of the weights is under way.", status=409)
+        self._check_startable()
         free = self._loader.free_device_bytes() / 1e9
         logger.info("Start update_weights. Load format=%s", request.load_format)
         logger.info("Update engine weights online from disk begin. avail mem=%.2f GB", free)
@@ -114,6 +122,18 @@ class WeightControl:
         )
         self._update = _Update(call_id, request, task)
         return []
+
+    def _start_swap(
+        self, call_id: int, leaves: Mapping[int, jax.Array], **fields: Any
+    ) -> list[FromEngine]:
+        """All leaves of the model, by a caller in this process that has them on the device."""
+        self._check_startable()
+        self._update = _Update(call_id, WeightUpdate(**fields), Done(self._loader.take(leaves)))
+        return []
+
+    def _check_startable(self) -> None:
+        if self._update is not None:
+            raise UpdateFailed("Another update of the weights is under way.", status=409)
 
     def _settle_update(self, update: _Update) -> list[FromEngine]:
         scheduler = self._engine.scheduler
@@ -128,7 +148,7 @@ class WeightControl:
                 scheduler.hold()
                 if not scheduler.is_quiet:
                     return []
-            loaded.check()
+            loaded.check(self._runner)
         except UpdateFailed as error:
             self._update = None
             scheduler.release()

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -36,12 +36,12 @@ class LoadedUpdate:
     is_checksummed: bool
     zeros: list[str]  # tensors that hold nothing else
     _loaded: weight_placement.Loaded
-    _checkpoint: Checkpoint
+    _checkpoint: Checkpoint | None
 
-    def check(self) -> None:
-        """Raises UpdateFailed where the files were rewritten, and are still to be read again."""
+    def check(self, runner: Runner) -> None:
+        """Raises UpdateFailed where they do not fit, or are not any more what was checked."""
         try:
-            self._loaded.check()
+            self._loaded.check(runner)
         except ValueError as error:
             raise UpdateFailed(
                 f"Failed to update weights: {error}.\nRolling back to original weights."
@@ -52,7 +52,8 @@ class LoadedUpdate:
         self._loaded.commit(runner)
 
     def close(self) -> None:
-        self._checkpoint.close()
+        if self._checkpoint is not None:
+            self._checkpoint.close()
 
 
 class WeightLoader:
@@ -111,6 +112,19 @@ class WeightLoader:
                 f"Failed to update weights: {_say(error, path, update)}.\n"
                 "Rolling back to original weights."
             ) from error
+
+    def take(self, leaves: Mapping[int, jax.Array]) -> LoadedUpdate:
+        """Arrays that are on the device already, all of the model's."""
+        return LoadedUpdate(
+            folder=None,
+            names=self.tensor_names,
+            num_bytes=sum(leaf.nbytes for leaf in leaves.values()),
+            seconds=0.0,
+            is_checksummed=False,
+            zeros=[],
+            _loaded=weight_placement.Aside(leaves),
+            _checkpoint=None,
+        )
 
     def _load(
         self,

@@ -13,8 +13,8 @@ Each way first loads, in a thread of its own while steps go on, and reads and ch
 import concurrent.futures
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from jaxserve.memory_plan import format_bytes
 from jaxserve.models.weights import READERS, Index
 from jaxserve.runner import Runner
 
-Read = Callable[[int, Index], np.ndarray]  # a leaf's number and a block of it
+Specs = Mapping[int, jax.ShapeDtypeStruct]  # of leaves by their numbers
 OTHER_WAYS = {
     "aside": ("on the device, beside the old ones", "host"),
     "host": ("in the host's memory", "in-place, or aside where the device has room"),
@@ -48,8 +48,8 @@ class WeightsLost(RuntimeError):
 class Loaded(Protocol):
     """New values of some leaves, all of them read and checked."""
 
-    def check(self) -> None:
-        """Raises ValueError where it has become impossible to commit, and nothing is lost yet."""
+    def check(self, runner: Runner) -> None:
+        """Raises ValueError where they cannot take their places; nothing is lost yet."""
         ...
 
     def commit(self, runner: Runner) -> None:
@@ -91,96 +91,113 @@ def load(way: str, source: Source, specs: Sequence[jax.ShapeDtypeStruct], free: 
     return loaded
 
 
-class _Aside:
-    def __init__(self, leaves: dict[int, jax.Array]):
+class Aside:
+    """Leaves where the runner's own are."""
+
+    def __init__(self, leaves: Mapping[int, jax.Array]):
         self._leaves = leaves
 
-    def check(self) -> None:
-        pass
+    def check(self, runner: Runner) -> None:
+        runner.check_leaves(self._leaves)
 
     def commit(self, runner: Runner) -> None:
         runner.swap(self._leaves)
 
 
 class _InHost:
-    def __init__(self, blocks: dict[int, dict[Index, np.ndarray]]):
-        self._blocks = blocks
+    """Leaves in the host's memory."""
 
-    def check(self) -> None:
+    def __init__(self, leaves: Mapping[int, jax.Array]):
+        self._leaves = leaves
+
+    def check(self, runner: Runner) -> None:
         pass
 
     def commit(self, runner: Runner) -> None:
-        _overwrite(runner, self._blocks, lambda number, index: self._blocks[number][index])
+        def copy(number: int, spec: jax.ShapeDtypeStruct) -> jax.Array:
+            return jax.device_put(self._leaves[number], spec.sharding)
+
+        _overwrite(runner, self._leaves, copy)
 
 
 class _InFiles:
     def __init__(self, source: Source):
         self._source = source
 
-    def check(self) -> None:
+    def check(self, runner: Runner) -> None:
         self._source.check_unchanged()
 
     def commit(self, runner: Runner) -> None:
-        _overwrite(runner, self._source.leaves, self._source.read)
+        def read(number: int, spec: jax.ShapeDtypeStruct) -> jax.Array:
+            return _place(self._source, number, spec, spec.sharding)
+
+        _overwrite(runner, self._source.leaves, read)
         try:
             self._source.check_unchanged()
         except ValueError as error:
             raise WeightsLost(str(error)) from error
 
 
-def _load_aside(source: Source, specs: dict[int, jax.ShapeDtypeStruct]) -> Loaded:
-    def place(number: int) -> jax.Array:
-        return _place(specs[number], functools.partial(source.read, number))
-
-    try:
-        leaves = dict(zip(specs, _in_threads(place, specs), strict=True))
-        jax.block_until_ready(leaves)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise NoRoom("aside") from error
-    return _Aside(leaves)
+def _load_aside(source: Source, specs: Specs) -> Loaded:
+    return Aside(
+        _place_all("aside", source, specs, {n: spec.sharding for n, spec in specs.items()})
+    )
 
 
-def _load_to_host(source: Source, specs: dict[int, jax.ShapeDtypeStruct]) -> Loaded:
-    def read(number: int) -> dict[Index, np.ndarray]:
-        return {index: source.read(number, index) for index in _indices(specs[number])}
+def _load_to_host(source: Source, specs: Specs) -> Loaded:
+    # Pinned memory, which the device fetches by itself; JAX keeps it for the next time.
+    pinned = {n: spec.sharding.with_memory_kind("pinned_host") for n, spec in specs.items()}
+    return _InHost(_place_all("host", source, specs, pinned))
 
-    return _InHost(dict(zip(specs, _in_threads(read, specs), strict=True)))
 
-
-def _look(source: Source, specs: dict[int, jax.ShapeDtypeStruct]) -> Loaded:
+def _look(source: Source, specs: Specs) -> Loaded:
     def look(number: int) -> None:
-        for index in _indices(specs[number]):
+        spec = specs[number]
+        for index in set(spec.sharding.addressable_devices_indices_map(spec.shape).values()):
             source.read(number, index)
 
     _in_threads(look, specs)
     return _InFiles(source)
 
 
-def _overwrite(runner: Runner, numbers: Iterable[int], read: Read) -> None:
-    def overwrite(number: int) -> None:
-        spec = runner.weight_specs[number]
-        runner.overwrite(number, lambda: _place(spec, functools.partial(read, number)))
+def _place_all(
+    way: str, source: Source, specs: Specs, shardings: Mapping[int, jax.sharding.Sharding]
+) -> dict[int, jax.Array]:
+    def place(number: int) -> jax.Array:
+        return _place(source, number, specs[number], shardings[number])
 
     try:
+        leaves = dict(zip(specs, _in_threads(place, specs), strict=True))
+        jax.block_until_ready(leaves)
+        return leaves
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise NoRoom(way) from error
+
+
+def _place(
+    source: Source, number: int, spec: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+) -> jax.Array:
+    return jax.make_array_from_callback(
+        spec.shape, sharding, lambda index: source.read(number, index)
+    )
+
+
+def _overwrite(
+    runner: Runner,
+    numbers: Iterable[int],
+    make: Callable[[int, jax.ShapeDtypeStruct], jax.Array],
+) -> None:
+    try:
         for number in numbers:
-            overwrite(number)
+            runner.overwrite(number, functools.partial(make, number, runner.weight_specs[number]))
         jax.block_until_ready(runner.weights)
     except Exception as error:
         raise WeightsLost(f"{type(error).__name__}: {error}") from error
 
 
-def _place(spec: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> jax.Array:
-    return jax.make_array_from_callback(spec.shape, spec.sharding, read)
-
-
-def _indices(spec: jax.ShapeDtypeStruct) -> set[Index]:
-    """The blocks of a leaf that this process's devices hold."""
-    return set(spec.sharding.addressable_devices_indices_map(spec.shape).values())
-
-
-def _in_threads(function: Callable, numbers: Iterable[int]) -> list:
+def _in_threads(function: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(function, numbers))
 

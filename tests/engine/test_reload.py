@@ -332,3 +332,18 @@ def test_200_reloads_alternate_exactly_with_flat_memory_and_no_compile(engine, e
     print(f"200 reloads in {seconds:.1f} s, {before} bytes before, {live_bytes()} after")
     assert live_bytes() == before
     assert not any(counter.report().values())
+
+
+def test_arrays_on_the_device_are_swapped_in_at_once(engine, expected, other):
+    """What a trainer in this process calls, with all leaves of the model."""
+    engine.update_weights_from_disk(other)
+    weights = dict(enumerate(engine._core._runner.weights))
+    engine.update_weights_from_disk(DEMO_MODEL)
+    began = time.perf_counter()
+    engine._frontend.call("swap_weights", leaves=weights, weight_version="8").result()
+    print(f"swapped in {1e3 * (time.perf_counter() - began):.2f} ms")
+    assert outputs(engine) == expected["other"] and engine.state.weight_version == "8"
+    wrong = weights | {0: weights[0][:5]}
+    with pytest.raises(RequestError, match="weight 0: .* cannot take the place of"):
+        engine._frontend.call("swap_weights", leaves=wrong).result()
+    assert outputs(engine) == expected["other"]
