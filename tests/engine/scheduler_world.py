@@ -12,6 +12,7 @@ from jaxserve.messages import AbortRequest, AddRequest, Call
 from jaxserve.request import LogprobParams, Request, RequestUpdate
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler
+from jaxserve.serving_state import ServingState
 from jaxserve.step_log import StepLog
 from jaxserve.step_plan import NUM_STOP_IDS
 from tests.engine import invariants
@@ -263,7 +264,9 @@ def make_core(world: World, system: System):
         world.scheduler,
         builder,
         world.runner,
-        tokenizer=None,
+        tokenizer=None,  # no step asks for it
         log=log,
-        compile_counter=None,  # no step asks for it
+        loader=None,  # nor for this
+        state=ServingState("", "", weight_version=""),
+        compile_counter=None,
     )

@@ -135,8 +135,8 @@ MUTANTS: dict[str, tuple] = {
     # A reload makes the device's state anew, as recovery from a failed step does.
     "keep cache on reload": (
         histories,
-        "self._retract(live, keep=False)\n        if self.cache is not None:",
-        "self._retract(live, keep=False)\n        if False:",
+        "if self.cache is not None and not keep:",
+        "if False:",
     ),
     "abort by prefix": (
         histories,
@@ -282,8 +282,8 @@ MUTANTS: dict[str, tuple] = {
     ),
     "full queue takes one more": (
         histories,
-        "len(self.waiting) >= self._max_waiting",
-        "len(self.waiting) > self._max_waiting",
+        "num_waiting >= self._max_waiting",
+        "num_waiting > self._max_waiting",
     ),
     "id that is taken is taken again": (histories, "if request.rid in self._by_rid:", "if False:"),
     "the device decodes an old batch": (
@@ -296,7 +296,11 @@ MUTANTS: dict[str, tuple] = {
         "self._is_state_lost = True",
         "self._is_state_lost = False",
     ),
-    "a recovery keeps steps in flight": (histories, "self._inflight.clear()", "pass"),
+    "a recovery keeps steps in flight": (
+        histories,
+        "self._inflight.clear()\n        self.scheduler.retract",
+        "self.scheduler.retract",
+    ),
     "the device decodes one token too many": (
         histories,
         "line[4] = len(request.prompt_ids) + request.max_new_tokens - 1",
