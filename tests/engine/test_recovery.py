@@ -99,6 +99,9 @@ class FailingRunner:
         self.num_resets += 1
         self._runner.reset()
 
+    def release(self) -> None:
+        self._runner.release()
+
     def _maybe_fail(self, place: str, plan: StepPlan) -> None:
         if self._should_fail(place, plan):
             self.failures.append(plan)
