@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jaxserve.compile_counter import CompileCounter
 from jaxserve.errors import EngineDied, RequestError
 from jaxserve.live_request import LiveRequest, Schedule
@@ -56,6 +58,7 @@ class EngineCore:
         recorder: PlanRecorder | None = None,
     ):
         self.info = info
+        self.abstract_params = loader.abstract  # their shapes
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self._plan_builder, self._runner, self._log = plan_builder, runner, log
@@ -87,6 +90,15 @@ class EngineCore:
             self._note_idle()
             return [StepOutput([update])] if update else []
         return self._call(message)
+
+    @property
+    def weights(self) -> tuple[jax.Array | None, ...]:
+        """The leaves of the parameters; safe to read from any thread."""
+        return self._runner.weights
+
+    @property
+    def weight_specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return self._runner.weight_specs
 
     def settle(self) -> list[FromEngine]:
         """What control operations that take their time have come to; between two steps."""
