@@ -79,9 +79,6 @@ class FailingRunner:
 
         self.fail_when(should_fail)
 
-    def release(self) -> None:
-        self._runner.release()
-
     def dispatch(self, plan: StepPlan):
         self.num_steps += 1
         self._maybe_fail("before dispatch", plan)
