@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jaxserve.compile_counter import CompileCounter
 from jaxserve.errors import EngineDied, RequestError
 from jaxserve.live_request import LiveRequest, Schedule
@@ -26,11 +28,11 @@ from jaxserve.plan_recorder import PlanRecorder
 from jaxserve.request import FinishReason, Request, RequestUpdate
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
+from jaxserve.serving_control import ServingControl
 from jaxserve.serving_state import ServingState
 from jaxserve.step_log import StepLog
 from jaxserve.stop_checker import StopChecker
 from jaxserve.tokenizer import Tokenizer
-from jaxserve.weight_control import WeightControl
 from jaxserve.weight_loader import WeightLoader
 
 logger = logging.getLogger(__name__)
@@ -56,10 +58,11 @@ class EngineCore:
         recorder: PlanRecorder | None = None,
     ):
         self.info = info
+        self.abstract_params = loader.abstract  # their shapes
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self._plan_builder, self._runner, self._log = plan_builder, runner, log
-        self._weights = WeightControl(self, runner, loader, state)
+        self._control = ServingControl(self, runner, loader, state)
         self._compile_counter, self._recorder = compile_counter, recorder
         self._eos_token_ids = frozenset(info.eos_token_ids)
         self._inflight: collections.deque[tuple[Schedule, Any]] = collections.deque()
@@ -69,14 +72,14 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inflight) or (self._weights.may_generate and not self.scheduler.is_quiet)
+        return bool(self._inflight) or (self._control.may_generate and not self.scheduler.is_quiet)
 
     @property
     def patience(self) -> float:
         """Seconds that the loop may wait for a message before it calls `settle` and `step`."""
-        if self.has_work or self._weights.is_due:
+        if self.has_work or self._control.is_due:
             return 0.0
-        return BUSY_POLL_SECONDS if self._weights.is_busy else IDLE_POLL_SECONDS
+        return BUSY_POLL_SECONDS if self._control.is_busy else IDLE_POLL_SECONDS
 
     def handle(self, message: ToEngine) -> list[FromEngine]:
         """Takes in one message; an unknown or impossible one is answered, never raised."""
@@ -88,9 +91,18 @@ class EngineCore:
             return [StepOutput([update])] if update else []
         return self._call(message)
 
+    @property
+    def weights(self) -> tuple[jax.Array | None, ...]:
+        """The leaves of the parameters; safe to read from any thread."""
+        return self._runner.weights
+
+    @property
+    def weight_specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return self._runner.weight_specs
+
     def settle(self) -> list[FromEngine]:
         """What control operations that take their time have come to; between two steps."""
-        return self._weights.settle()
+        return self._control.settle()
 
     def drain(self) -> list[FromEngine]:
         """Reads every step in flight, and returns their news: then all is known, and nothing of
@@ -151,8 +163,20 @@ class EngineCore:
         if self._recorder is not None:
             self._recorder.change_weights(folder)
 
+    def release_state(self) -> None:
+        """Gives the KV cache's memory back; nothing is dispatched before `restore_state`. With no
+        step in flight. Who is in a row is computed anew later."""
+        self.scheduler.retract_all()
+        self._runner.release_state()
+
+    def restore_state(self) -> None:
+        self._plan_builder.reset()
+        self._runner.reset()
+        if self._recorder is not None:
+            self._recorder.reset()
+
     def _dispatch(self) -> bool:
-        schedule = self.scheduler.schedule() if self._weights.may_generate else None
+        schedule = self.scheduler.schedule() if self._control.may_generate else None
         if schedule is None:
             return False
         self._log.before(schedule)
@@ -229,8 +253,8 @@ class EngineCore:
         }
         operation = operations.get(call.operation)
         try:
-            if self._weights.handles(call):
-                return self._weights.handle(call)
+            if self._control.handles(call):
+                return self._control.handle(call)
             if operation is None:
                 return [Reply(call.call_id, error=f"unknown operation {call.operation!r}")]
             return [Reply(call.call_id, value=operation(**call.arguments))]
@@ -262,7 +286,7 @@ class EngineCore:
             "num_used_tokens": scheduler.num_tokens_in_rows,
             "num_retractions": scheduler.num_retractions,
             "token_usage": self._log.token_usage,
-            **self._weights.report(),
+            **self._control.report(),
             **self._compile_counter.report(),
             "effective_max_running_requests_per_dp": scheduler.max_rows,
             "memory_usage": {

@@ -18,6 +18,7 @@ from jaxserve import hub
 from jaxserve.config import EngineConfig
 from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.fuse import Fuser
 from jaxserve.models.registry import create_model, random_params
 from jaxserve.models.weights import ShardProgress, load_params
 
@@ -95,6 +96,17 @@ class ModelFiles:
             digests = pool.map(_sha256, paths)
         lines = [f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def take(self, params: Any) -> tuple[nnx.GraphDef, nnx.State]:
+        """Weights that the program around us has, from any tree with the checkpoint's names.
+
+        Raises:
+          ValueError: it does not fit the model; names every difference.
+        """
+        graphdef, abstract = create_model(self.config)
+        fused = Fuser(abstract).fuse(params)
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return graphdef, jax.device_put(fused, device)
 
     def _read(self, abstract: nnx.State) -> nnx.State:
         checkpoint = Checkpoint(self.folder)

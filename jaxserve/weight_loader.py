@@ -1,9 +1,11 @@
 """From what is asked for to new weights, read and checked. Runs beside the engine's loop."""
 
 import dataclasses
+import hashlib
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from jaxserve import memory_plan, weight_placement
 from jaxserve.errors import RequestError
 from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.safetensors_file import SafetensorsBytes, SafetensorsFile
-from jaxserve.models.weights import Index, ParamReader, check, views
+from jaxserve.models.weights import Index, ParamReader, View, check, views
 from jaxserve.runner import Runner
 from jaxserve.weight_folder import Served, WeightFolder
 from jaxserve.weight_request import LOAD_FORMATS, WeightUpdate
@@ -72,8 +74,10 @@ class WeightLoader:
         timeout: seconds without a byte read after which whoever waits should give up.
         """
         self.way, self.timeout, self._device = way, timeout, device
-        self.tensor_names = frozenset(view.name for view in views(abstract))
-        self._abstract, self._served, self._root = abstract, served, root
+        self._views = views(abstract)
+        self._numbers = {tuple(path): i for i, (path, _) in enumerate(nnx.to_flat_state(abstract))}
+        self.tensor_names = frozenset(view.name for view in self._views)
+        self.abstract, self._served, self._root = abstract, served, root
 
     def free_device_bytes(self) -> int:
         return memory_plan.free_memory(self._device)
@@ -113,6 +117,33 @@ class WeightLoader:
                 "Rolling back to original weights."
             ) from error
 
+    def read_tensor(self, runner: Runner, name: str, most_rows: int) -> list[Any]:
+        """The first rows of a checkpoint tensor as it serves now, as nested lists of floats.
+
+        Raises RequestError where the model has no such tensor.
+        """
+        view = next((view for view in self._views if view.name == name), None)
+        if view is None:
+            raise RequestError(f"the model has no parameter {name!r}", param="name")
+        return self._tensor(runner, view)[:most_rows].astype(np.float32).tolist()
+
+    def checksum(self, runner: Runner) -> str:
+        """SHA-256 of all tensors as they serve now: of each, by name, the line
+        "NAME DTYPE SHAPE", as `model.norm.weight bfloat16 (160,)`, and its bytes."""
+        sha256 = hashlib.sha256()
+        for view in sorted(self._views, key=lambda view: view.name):
+            tensor = self._tensor(runner, view)
+            sha256.update(f"{view.name} {tensor.dtype} {tensor.shape}\n".encode())
+            sha256.update(tensor.view(np.uint8))
+        return sha256.hexdigest()
+
+    def _tensor(self, runner: Runner, view: View) -> np.ndarray:
+        """Copied whole, and cut on the host: no program is compiled for it."""
+        leaf = runner.weights[self._numbers[view.path]]
+        if leaf is None:
+            raise RequestError("the weights are not complete")
+        return np.ascontiguousarray(np.asarray(leaf)[view.index]).reshape(view.shape)
+
     def take(self, leaves: Mapping[int, jax.Array]) -> LoadedUpdate:
         """Arrays that are on the device already, all of the model's."""
         return LoadedUpdate(
@@ -137,10 +168,10 @@ class WeightLoader:
         start = time.perf_counter()
         if folder is not None:
             folder.check(self._served, keep_tokenizer=update.keep_tokenizer)
-        check(checkpoint, self._abstract, is_partial=update.is_partial)
+        check(checkpoint, self.abstract, is_partial=update.is_partial)
         is_checksummed = folder is not None and folder.verify(on_bytes)
         values = ValueCheck()
-        source = _CheckpointSource(checkpoint, self._abstract, runner, values, on_bytes)
+        source = _CheckpointSource(checkpoint, self.abstract, runner, values, on_bytes)
         # Where tensors of a fused leaf are given but not all, it must be there to be read.
         way = "host" if update.is_partial and self.way == "in-place" else self.way
         on_device = way == "aside"

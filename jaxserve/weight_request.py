@@ -1,5 +1,6 @@
 """The bodies that ask for other weights, checked. No jax: both sides of the socket read them."""
 
+import base64
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -11,6 +12,7 @@ from jaxserve.errors import RequestError
 # new requests wait; they end; they are computed anew; they go on with what they have computed.
 InFlight = Literal["wait", "abort", "retract", "in_place"]
 PauseMode = Literal["abort", "retract", "in_place"]
+Memory = Literal["kv_cache", "weights"]  # that may be released for a while
 LOAD_FORMATS = ("auto", "safetensors")
 MOST_VERSION_BYTES = 256
 
@@ -62,6 +64,37 @@ def parse_disk_update(body: Any) -> WeightUpdate:
     )
 
 
+def parse_tensor_update(body: Any) -> WeightUpdate:
+    """The body of /update_weights_from_tensor: some tensors, the others stay.
+
+    `serialized_named_tensors` is a list of base64 strings, each the bytes of a safetensors file;
+    `files` is a list of such files below the weights root. Pickles are never loaded.
+
+    Raises:
+      RequestError: names the field.
+    """
+    body = _object(body)
+    if body.get("load_format") != "safetensors":
+        raise RequestError(
+            'load_format must be "safetensors": pickled tensors are never loaded, and handles of '
+            "CUDA memory belong to torch. Send the bytes of a safetensors file as base64 in "
+            "serialized_named_tensors, or the paths of such files in files",
+            param="load_format",
+        )
+    payloads = [_decode(text) for text in _texts(body, "serialized_named_tensors")]
+    files = _texts(body, "files")
+    if not payloads and not files:
+        raise RequestError(
+            "serialized_named_tensors or files is required", param="serialized_named_tensors"
+        )
+    if body.get("selector") not in (None, "all", "target"):
+        raise RequestError("selector must be all or target: there is no draft", param="selector")
+    flag(body, "torch_empty_cache")
+    return WeightUpdate(
+        payloads=tuple(payloads), files=tuple(files), load_format="safetensors", **_common(body)
+    )
+
+
 def _common(body: Mapping[str, Any]) -> dict[str, Any]:
     flag(body, "flush_cache", True)  # what other weights have computed is matched in no case
     return {"in_flight": in_flight(body), "weight_version": version(body, "weight_version")}
@@ -106,6 +139,23 @@ def _text(body: Mapping[str, Any], name: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise RequestError(f"{name} must be a string, got {value!r}", param=name)
     return value
+
+
+def _texts(body: Mapping[str, Any], name: str) -> list[str]:
+    value = body.get(name)
+    values = [value] if isinstance(value, str) else value or []
+    if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+        raise RequestError(f"{name} must be a list of strings", param=name)
+    return values
+
+
+def _decode(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise RequestError(
+            f"serialized_named_tensors must be base64: {error}", param="serialized_named_tensors"
+        ) from error
 
 
 def _object(body: Any) -> Mapping[str, Any]:

@@ -79,9 +79,6 @@ class FailingRunner:
 
         self.fail_when(should_fail)
 
-    def release(self) -> None:
-        self._runner.release()
-
     def dispatch(self, plan: StepPlan):
         self.num_steps += 1
         self._maybe_fail("before dispatch", plan)
@@ -98,6 +95,9 @@ class FailingRunner:
     def reset(self) -> None:
         self.num_resets += 1
         self._runner.reset()
+
+    def release(self) -> None:
+        self._runner.release()
 
     def _maybe_fail(self, place: str, plan: StepPlan) -> None:
         if self._should_fail(place, plan):

@@ -47,7 +47,7 @@ def engine(request, pytestconfig):
 
 @pytest.fixture
 def way(engine) -> str:
-    return engine._core._weights.report()["weight_reload"]
+    return engine._core._control.report()["weight_reload"]
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,7 @@ def test_file_rewritten_while_an_update_waits(engine, way, other, tmp_path):
     next(endless)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         update = pool.submit(engine.update_weights_from_disk, str(folder))
-        task = wait_for(lambda: engine._core._weights._update, 5).task
+        task = wait_for(lambda: engine._core._control._update, 5).task
         wait_for(lambda: task.is_done, 10)
         with (folder / FILE).open("r+b") as file:
             file.seek(1_000_000)

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.server.serving import (
+    DEMO_MODEL,
     GREEDY,
     children,
     generate,
@@ -83,6 +84,8 @@ def test_sigterm_lets_requests_finish_until_the_deadline(servers):
         refused = client.post("/generate", json={"text": QUESTION})
         assert refused.status_code == 503
         assert refused.json()["error"]["message"] == "the server is shutting down"
+        refused = client.post("/update_weights_from_disk", json={"model_path": DEMO_MODEL})
+        assert refused.status_code == 503
         assert client.get("/health").status_code == 503
         short.join()
         finished = time.monotonic() - began

@@ -1,66 +1,21 @@
-"""Other weights over HTTP: what answers, what follows, and what trainers do around it."""
+"""Other weights over HTTP: what answers, and what follows."""
 
 import concurrent.futures
-import signal
 import time
 
 import httpx
 import pytest
 
-from tests.engine.reloading import QUESTION, write_variant
-from tests.server.serving import (
-    DEMO_MODEL,
-    GREEDY,
-    generate,
-    num_running,
-    open_stream,
-    wait_for,
-)
+from tests.engine.reloading import QUESTION
+from tests.server.serving import DEMO_MODEL, num_running, open_stream, wait_for
+from tests.server.trainee import ENDLESS, PARIS, ask, state, update
 
-PARIS = " The capital of France is Paris."
-ENDLESS = GREEDY | {"ignore_eos": True, "max_new_tokens": 4000}
+pytestmark = pytest.mark.usefixtures("demo_weights")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("weights")
-
-
-@pytest.fixture(scope="module")
-def other(folder) -> str:
-    return str(write_variant(folder / "other"))
-
-
-@pytest.fixture(scope="module")
-def demo(folder) -> str:
-    return str(write_variant(folder / "demo", seed=None))
-
-
-@pytest.fixture(scope="module")
-def server(start, folder):
-    with start(weights_root=folder) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    with server.client() as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def begin_with_the_demo_model(client, demo):
-    client.post("/continue_generation")
-    update(client, model_path=demo, weight_version="demo", abort_all_requests=True)
-
-
-def update(client: httpx.Client, path: str = "/update_weights_from_disk", **body) -> str:
-    """Its message; the status must be 200."""
-    response = client.post(path, json=body)
-    assert response.status_code == 200, response.text
-    answer = response.json()
-    assert list(answer) == ["success", "message", "num_paused_requests"] and answer["success"]
-    return answer["message"]
+def client(weights_client):
+    return weights_client
 
 
 def refused(client: httpx.Client, status: int = 400, **body) -> str:
@@ -70,10 +25,6 @@ def refused(client: httpx.Client, status: int = 400, **body) -> str:
     assert response.status_code == status
     assert answer["success"] is False and answer["num_paused_requests"] == 0
     return answer["message"]
-
-
-def ask(client: httpx.Client, **body) -> dict:
-    return generate(client, text=QUESTION, sampling_params=GREEDY, **body)
 
 
 def test_everything_that_names_the_model_follows(client, other, demo):
@@ -101,19 +52,21 @@ def test_alias_of_the_documentation_page(client, other):
     assert ask(client)["text"] != PARIS
 
 
-def test_failed_update_changes_nothing(client, other, folder):
+def test_failed_update_changes_nothing(client, other, weights_folder):
     update(client, model_path=other, weight_version="7")
     with open_stream(client, text=QUESTION, sampling_params=ENDLESS) as answers:
         before = client.get("/model_info").json()
-        words = refused(client, model_path=f"{folder}/none", weight_version="8")
-        assert words == f"Failed to get weights iterator: {folder}/none (repository not found)."
+        words = refused(client, model_path=f"{weights_folder}/none", weight_version="8")
+        assert (
+            words
+            == f"Failed to get weights iterator: {weights_folder}/none (repository not found)."
+        )
         words = refused(client, model_path=DEMO_MODEL, weight_version="8")
         assert words.endswith(f"{DEMO_MODEL} is not below --weights-root.")
-        (folder / "empty").mkdir()
-        words = refused(client, model_path=f"{folder}/empty")
-        assert words == (
-            f"Failed to get weights iterator: Cannot find any model weights with `{folder}/empty`."
-        )
+        (weights_folder / "empty").mkdir()
+        words = refused(client, model_path=f"{weights_folder}/empty")
+        empty = f"Cannot find any model weights with `{weights_folder}/empty`"
+        assert words == f"Failed to get weights iterator: {empty}."
         words = refused(client, model_path=other, load_format="pt")
         assert words.startswith("Failed to get model loader: 'pt' is not read here")
         assert client.get("/model_info").json() == before
@@ -177,11 +130,7 @@ def test_second_update_at_once_is_a_conflict(client, other, demo):
     assert ask(client)["text"] != PARIS
 
 
-def state(client: httpx.Client) -> dict:
-    return client.get("/server_info").json()["internal_states"][0]
-
-
-def test_client_that_leaves_its_update_gets_it_all_the_same(server, client, other):
+def test_client_that_leaves_its_update_gets_it_all_the_same(client, other):
     with open_stream(client, text=QUESTION, sampling_params=ENDLESS):
         with pytest.raises(httpx.ReadTimeout):
             client.post("/update_weights_from_disk", json={"model_path": other}, timeout=0.5)
@@ -212,36 +161,3 @@ def test_pause_and_continue_with_and_without_a_body(client, bodies):
 def test_bad_pause_is_refused(client, body):
     assert client.post("/pause_generation", content=body).status_code == 400
     assert client.get("/ready").status_code == 200
-
-
-def test_areal(client, other):
-    """What runs is aborted, and goes on with the tokens it has under the new weights."""
-    assert client.get("/health").status_code == 200
-    prompt = ask(client, return_prompt_token_ids=True)["prompt_token_ids"]
-    params = ENDLESS | {"stop_token_ids": [1], "max_new_tokens": 2000}
-    body = {"input_ids": prompt, "sampling_params": params, "return_logprob": True}
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        rollout = pool.submit(generate, client, **body)
-        wait_for(lambda: state(client)["num_used_tokens"] > 30, 10)
-        client.post("/pause_generation").raise_for_status()
-        part = rollout.result(10)
-    assert part["meta_info"]["finish_reason"]["type"] == "abort"
-    got = [token for _, token, _ in part["meta_info"]["output_token_logprobs"]]
-    assert got == part["output_ids"] and len(got) > 20
-    update(client, model_path=other, abort_all_requests=True, weight_version="1")
-    client.post("/continue_generation").raise_for_status()
-    left = params | {"max_new_tokens": 10}
-    rest = generate(client, **body | {"input_ids": prompt + got, "sampling_params": left})
-    assert rest["meta_info"]["finish_reason"] == {"type": "length", "length": 10}
-    assert rest["meta_info"]["weight_version"] == "1"
-    assert rest["meta_info"]["prompt_tokens"] == len(prompt) + len(got)
-
-
-def test_update_is_refused_while_the_server_ends(server, client, other):
-    """The last test: it ends the server."""
-    with open_stream(client, text=QUESTION, sampling_params=ENDLESS) as answers:
-        server.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: client.get("/ready").status_code == 503, 5)
-        response = client.post("/update_weights_from_disk", json={"model_path": other})
-        assert response.status_code == 503
-        next(answers)

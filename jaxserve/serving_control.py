@@ -4,11 +4,10 @@ New weights are loaded in a thread while steps go on. When they are complete, ev
 flight is read, and only then they take their places: no step mixes two versions.
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import msgspec
@@ -16,31 +15,21 @@ import msgspec
 from jaxserve.background import Done, Task
 from jaxserve.errors import RequestError
 from jaxserve.messages import Call, FromEngine, Reply, StepOutput
+from jaxserve.pending_update import PendingUpdate, report
 from jaxserve.request import FinishReason
 from jaxserve.runner import Runner
 from jaxserve.serving_state import ServingState
 from jaxserve.weight_loader import LoadedUpdate, UpdateFailed, WeightLoader
 from jaxserve.weight_placement import WeightsLost
-from jaxserve.weight_request import WeightUpdate
+from jaxserve.weight_request import Memory, WeightUpdate
 
 if TYPE_CHECKING:
     from jaxserve.engine_core import EngineCore
 
 logger = logging.getLogger(__name__)
-SUCCEEDED = "Succeeded to update model weights."
-ROLLED_BACK = "Rolling back to original weights."
 
 
-@dataclasses.dataclass(frozen=True)
-class _Update:
-    """New weights that are being loaded, or wait for what runs."""
-
-    call_id: int
-    request: WeightUpdate
-    task: Task | Done  # gives a LoadedUpdate
-
-
-class WeightControl:
+class ServingControl:
     def __init__(
         self,
         engine: "EngineCore",
@@ -49,17 +38,21 @@ class WeightControl:
         state: ServingState,
     ):
         self.state = state
-        self.last_update: dict[str, Any] | None = None
         self._engine, self._runner, self._loader = engine, runner, loader
-        self._update: _Update | None = None
+        self._update: PendingUpdate | None = None
+        self._last_update: dict[str, Any] | None = None
         self._reads: dict[int, Task] = {}  # of the weights, by the call that asks for each
         self._missing: frozenset[str] = frozenset()  # tensors whose values are gone
         self._operations: dict[str, Callable[..., list[FromEngine]]] = {
             "update_weights": self._start_update,
             "swap_weights": self._start_swap,
             "update_weight_version": self._change_version,
+            "read_tensor": self._read_tensor,
+            "checksum": self._read_checksum,
             "pause_generation": self._pause,
             "continue_generation": self._continue,
+            "release_memory": self._release_memory,
+            "resume_memory": self._resume_memory,
         }
 
     @property
@@ -105,22 +98,21 @@ class WeightControl:
         return {
             "weight_reload": self._loader.way,
             "is_updating": self._update is not None,
-            "last_update": self.last_update,
+            "last_update": self._last_update,
         }
 
     # New weights.
 
     def _start_update(self, call_id: int, **fields: Any) -> list[FromEngine]:
-        request = WeightUpdate(**fields)
         self._check_startable()
+        request = WeightUpdate(**fields)
         free = self._loader.free_device_bytes() / 1e9
         logger.info("Start update_weights. Load format=%s", request.load_format)
         logger.info("Update engine weights online from disk begin. avail mem=%.2f GB", free)
         task = Task(
-            "jaxserve-weights",
-            lambda task: self._loader.load(request, self._runner, task.report),
+            "jaxserve-weights", lambda task: self._loader.load(request, self._runner, task.report)
         )
-        self._update = _Update(call_id, request, task)
+        self._update = PendingUpdate(call_id, request, task)
         return []
 
     def _start_swap(
@@ -128,21 +120,24 @@ class WeightControl:
     ) -> list[FromEngine]:
         """All leaves of the model, by a caller in this process that has them on the device."""
         self._check_startable()
-        self._update = _Update(call_id, WeightUpdate(**fields), Done(self._loader.take(leaves)))
+        loaded = Done(self._loader.take(leaves))
+        self._update = PendingUpdate(call_id, WeightUpdate(**fields), loaded)
         return []
 
     def _check_startable(self) -> None:
         if self._update is not None:
             raise UpdateFailed("Another update of the weights is under way.", status=409)
+        if "weights" in self.state.released:
+            raise UpdateFailed(
+                "The memory of the weights is released: POST /resume_memory_occupation first."
+            )
 
-    def _settle_update(self, update: _Update) -> list[FromEngine]:
+    def _settle_update(self, update: PendingUpdate) -> list[FromEngine]:
         scheduler = self._engine.scheduler
-        if not update.task.is_done and update.task.idle_seconds < self._loader.timeout:
-            return []
         try:
-            loaded = self._loaded(update)
-            if self._reads:
-                return []  # they hold the old weights
+            loaded = update.loaded(self._loader.timeout)
+            if loaded is None or self._reads:  # which hold the old weights
+                return []
             # Where generation is paused, nobody will finish: who is in a row goes on in place.
             if update.request.in_flight == "wait" and self.may_generate:
                 scheduler.hold()
@@ -161,75 +156,19 @@ class WeightControl:
             loaded.close()
             scheduler.release()
 
-    def _loaded(self, update: _Update) -> LoadedUpdate:
-        """Raises UpdateFailed."""
-        if not update.task.is_done:
-            update.task.give_up()
-            raise UpdateFailed(
-                f"Failed to update weights: no byte was read for {self._loader.timeout:g} s "
-                f"(--weight-load-timeout).\n{ROLLED_BACK}"
-            )
-        try:
-            return update.task.result()
-        except UpdateFailed:
-            raise
-        except Exception as error:
-            logger.exception("new weights could not be loaded")
-            words = f"Failed to update weights: {type(error).__name__}: {error}.\n{ROLLED_BACK}"
-            raise UpdateFailed(words, status=500) from error
-
-    def _commit(self, update: _Update, loaded: LoadedUpdate) -> list[FromEngine]:
-        scheduler, request = self._engine.scheduler, update.request
+    def _commit(self, update: PendingUpdate, loaded: LoadedUpdate) -> list[FromEngine]:
         began = time.perf_counter()
-        news = self._engine.drain()
-        num_paused = 0 if request.in_flight == "abort" else len(scheduler.running)
-        if request.in_flight == "abort":
-            news.append(StepOutput(scheduler.abort_all()))
-        elif request.in_flight == "retract":
-            scheduler.retract_all()
+        news, num_paused = update.interrupt(self._engine)
         try:
             self._engine.change_weights(loaded.commit, loaded.folder)
         except WeightsLost as error:
             return news + self._lose(update, error)
         self._missing -= loaded.names
-        seconds = time.perf_counter() - began
-        logger.info(
-            "Update weights end. %.2f GB in %.2f s, %.1f ms between two steps, %s.",
-            loaded.num_bytes / 1e9,
-            loaded.seconds,
-            seconds * 1e3,
-            "checksums verified" if loaded.is_checksummed else "no checksums beside them",
-        )
-        logger.info("Cache flushed successfully!")
-        if loaded.zeros:
-            logger.warning("these tensors are all zeros: %s", ", ".join(loaded.zeros[:8]))
-        return news + self._announce(update, loaded, num_paused, seconds)
+        self._last_update = report(loaded, time.perf_counter() - began)
+        state = self._change(**update.changes(self.state), fault=self._fault())
+        return [*news, state, Reply(update.call_id, update.answer(num_paused))]
 
-    def _announce(
-        self, update: _Update, loaded: LoadedUpdate, num_paused: int, seconds: float
-    ) -> list[FromEngine]:
-        request, state = update.request, self.state
-        changes: dict[str, Any] = {"num_updates": state.num_updates + 1, "fault": self._fault()}
-        if request.model_path is not None:
-            changes |= {"model_path": request.model_path, "model_name": request.model_path}
-        if request.weight_version is not None:
-            changes["weight_version"] = request.weight_version
-        if request.keep_pause:
-            changes["is_paused"] = True
-        self.last_update = {
-            "num_bytes": loaded.num_bytes,
-            "load_seconds": loaded.seconds,
-            "pause_seconds": seconds,
-            "is_checksummed": loaded.is_checksummed,
-            "all_zero_tensors": loaded.zeros,
-        }
-        message = SUCCEEDED
-        if request.weight_version is not None:
-            message += f" Weight version updated to {request.weight_version}."
-        answer = {"success": True, "message": message, "num_paused_requests": num_paused}
-        return [self._change(**changes), Reply(update.call_id, answer)]
-
-    def _lose(self, update: _Update, error: WeightsLost) -> list[FromEngine]:
+    def _lose(self, update: PendingUpdate, error: WeightsLost) -> list[FromEngine]:
         """Nothing can be generated until all weights have been sent again."""
         words = f"Failed to update weights, and the old ones are overwritten: {error}."
         logger.error("%s", words)
@@ -237,13 +176,10 @@ class WeightControl:
         reason = FinishReason(
             "abort", message=words, status_code=500, err_type="InternalServerError"
         )
-        aborted = self._engine.scheduler.abort_all(reason)
+        aborted = StepOutput(self._engine.scheduler.abort_all(reason))
         self._engine.scheduler.change_weights()
-        return [
-            StepOutput(aborted),
-            self._change(fault=self._fault()),
-            Reply(update.call_id, error=words, status=500),
-        ]
+        state = self._change(fault=self._fault())
+        return [aborted, state, Reply(update.call_id, error=words, status=500)]
 
     def _fault(self) -> str | None:
         if not self._missing:
@@ -266,6 +202,18 @@ class WeightControl:
         }
         return [*news, self._change(weight_version=new_version), Reply(call_id, answer)]
 
+    # Reading the weights, beside the steps.
+
+    def _read_tensor(self, call_id: int, name: str, most_rows: int) -> list[FromEngine]:
+        return self._read(call_id, lambda: self._loader.read_tensor(self._runner, name, most_rows))
+
+    def _read_checksum(self, call_id: int) -> list[FromEngine]:
+        return self._read(call_id, lambda: self._loader.checksum(self._runner))
+
+    def _read(self, call_id: int, work: Callable[[], Any]) -> list[FromEngine]:
+        self._reads[call_id] = Task("jaxserve-read-weights", lambda task: work())
+        return []
+
     # Whether anything is generated.
 
     def _pause(self, call_id: int, mode: str) -> list[FromEngine]:
@@ -278,6 +226,29 @@ class WeightControl:
 
     def _continue(self, call_id: int) -> list[FromEngine]:
         return [self._change(is_paused=False), Reply(call_id)]
+
+    # Memory that somebody else needs for a while.
+
+    def _release_memory(self, call_id: int, tags: list[Memory]) -> list[FromEngine]:
+        """Requests that run are computed anew afterwards; new ones are refused meanwhile."""
+        if self.is_busy:
+            raise RequestError("The weights are being updated or read.", status=409)
+        tags = [tag for tag in get_args(Memory) if tag in tags and tag not in self.state.released]
+        news = self._engine.drain()
+        if "kv_cache" in tags:
+            self._engine.release_state()
+        if "weights" in tags:
+            self._engine.change_weights(Runner.release_weights)
+            self._missing = self._loader.tensor_names
+        logger.info("released the memory of %s", " and ".join(tags) or "nothing more")
+        return [*news, self._change(released=(*self.state.released, *tags)), Reply(call_id)]
+
+    def _resume_memory(self, call_id: int, tags: list[Memory]) -> list[FromEngine]:
+        """Released weights have to be sent anew before anything is generated."""
+        if "kv_cache" in tags and "kv_cache" in self.state.released:
+            self._engine.restore_state()
+        released = tuple(tag for tag in self.state.released if tag not in tags)
+        return [self._change(released=released, fault=self._fault()), Reply(call_id)]
 
     def _change(self, **changes: Any) -> ServingState:
         self.state = msgspec.structs.replace(self.state, **changes)
