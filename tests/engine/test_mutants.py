@@ -132,12 +132,7 @@ MUTANTS: dict[str, tuple] = {
         "self._roots.get(namespace)",
         "next(iter(self._roots.values()), None)",
     ),
-    # A reload makes the device's state anew, as recovery from a failed step does.
-    "keep cache on reload": (
-        histories,
-        "if self.cache is not None and not keep:",
-        "if False:",
-    ),
+    "keep cache on reload": (histories, "self.cache.forget()", "pass"),
     "abort by prefix": (
         histories,
         "live = self._by_rid.get(rid)",
@@ -290,6 +285,22 @@ MUTANTS: dict[str, tuple] = {
         histories,
         "is_new_batch, self._batch = rows != self._batch, rows",
         "is_new_batch, self._batch = len(rows) != len(self._batch), rows",
+    ),
+    "a failed step leaves the cache": (
+        histories,
+        "if self.cache is not None and not keep:",
+        "if False:",
+    ),
+    "a reload forgets who runs": (histories, "live.is_mixed = live.num_computed > 0", "pass"),
+    "what different weights have computed is shared": (
+        histories,
+        "if self.cache is None or live.is_mixed:",
+        "if self.cache is None:",
+    ),
+    "what different weights have computed is kept": (
+        histories,
+        "self.cache is not None and not live.is_mixed:",
+        "self.cache is not None:",
     ),
     "a failed step's state is used again": (
         histories,
