@@ -16,8 +16,9 @@ import numpy as np
 
 import jaxserve
 from jaxserve import SamplingBatch, make_step
+from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.weights import Checkpoint, load_params
+from jaxserve.models.weights import load_params
 from jaxserve.tokenizer import Tokenizer
 
 FOLDER = pathlib.Path(jaxserve.__file__).with_name("demo_model")

@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 import jaxserve
 from jaxserve import SamplingBatch, make_step
+from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.forward import token_logprobs
 from jaxserve.models.fuse import unfuse
-from jaxserve.models.weights import Checkpoint, load_params
+from jaxserve.models.weights import load_params
 from jaxserve.step import NO_TOKEN
 from jaxserve.tokenizer import Tokenizer
 
