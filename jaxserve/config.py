@@ -196,7 +196,7 @@ class ServerConfig(EngineConfig):
         16 << 20, group=SERVER, help="largest body of a request, beyond it 413"
     )
     shutdown_timeout: float = option(
-        30.0, group=SERVER, help="seconds that running requests get to finish after SIGTERM"
+        30.0, group=SERVER, help="seconds that calls get to finish after SIGTERM"
     )
     log_requests: bool = option(False, group=LOGS, help="log every request's parameters and length")
 

@@ -8,9 +8,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from jaxserve.compile_counter import CompileCounter
-from jaxserve.errors import RequestError
-from jaxserve.live_request import Schedule
+from jaxserve.errors import EngineDied, RequestError
+from jaxserve.live_request import LiveRequest, Schedule
 from jaxserve.messages import (
     AbortRequest,
     AddRequest,
@@ -35,7 +37,7 @@ from jaxserve.weight_loader import WeightLoader
 
 logger = logging.getLogger(__name__)
 RUN_AHEAD = 1  # steps that are dispatched before the one before them is read
-MOST_FAILURES = 3
+MOST_FAILURES = 3  # between which the oldest request gets no token: then the engine gives up
 BUSY_POLL_SECONDS, IDLE_POLL_SECONDS = 0.02, 1.0
 
 
@@ -56,6 +58,7 @@ class EngineCore:
         recorder: PlanRecorder | None = None,
     ):
         self.info = info
+        self.abstract_params = loader.abstract  # their shapes
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self._plan_builder, self._runner, self._log = plan_builder, runner, log
@@ -63,7 +66,9 @@ class EngineCore:
         self._compile_counter, self._recorder = compile_counter, recorder
         self._eos_token_ids = frozenset(info.eos_token_ids)
         self._inflight: collections.deque[tuple[Schedule, Any]] = collections.deque()
+        self._is_state_lost = False  # a step has failed, and there is no new state yet
         self._num_failures = 0  # in a row
+        self._failed_at: tuple[LiveRequest | None, int] | None = None  # as `_count_failure` says
 
     @property
     def has_work(self) -> bool:
@@ -82,8 +87,18 @@ class EngineCore:
             return self._add(message.request)
         if isinstance(message, AbortRequest):
             update = self.scheduler.abort(message.rid)
+            self._note_idle()
             return [StepOutput([update])] if update else []
         return self._call(message)
+
+    @property
+    def weights(self) -> tuple[jax.Array | None, ...]:
+        """The leaves of the parameters; safe to read from any thread."""
+        return self._runner.weights
+
+    @property
+    def weight_specs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return self._runner.weight_specs
 
     def settle(self) -> list[FromEngine]:
         """What control operations that take their time have come to; between two steps."""
@@ -96,25 +111,45 @@ class EngineCore:
         while self._inflight:
             try:
                 outputs.append(StepOutput(self._read()))
-            except Exception:
-                self._recover()
+                continue
+            except Exception as error:
+                self._count_failure(error)
+            self._start_over()
         return outputs
 
     def step(self) -> StepOutput | None:
         """Dispatches a step, then reads the one before: the device is never kept waiting. Returns
-        the news, None where there is nothing to do."""
+        the news, None where there is nothing to do.
+
+        A failed step takes the donated state with it: everybody is computed anew, and no request
+        is lost.
+
+        Raises:
+          EngineDied: steps fail again and again.
+        """
         try:
-            is_dispatched = self._dispatch()
-            if not self._inflight:
-                return None
-            if is_dispatched and len(self._inflight) <= RUN_AHEAD:
-                return StepOutput([])
-            updates = self._read()
-        except Exception:
-            self._recover()
+            return self._step()
+        except Exception as error:
+            self._count_failure(error)
+        self._start_over()
+        return StepOutput([])
+
+    def _step(self) -> StepOutput | None:
+        if self._is_state_lost:
+            self._runner.reset()
+            self._is_state_lost = False
+        is_dispatched = self._dispatch()
+        if not self._inflight:
+            return None
+        if is_dispatched and len(self._inflight) <= RUN_AHEAD:
             return StepOutput([])
-        self._num_failures = 0
-        return StepOutput(updates)
+        output = StepOutput(self._read())
+        self._note_idle()
+        return output
+
+    def _note_idle(self) -> None:
+        if not self.has_work:
+            self._log.on_idle()
 
     def change_weights(self, put: Callable[[Runner], None], folder: str | None = None) -> None:
         """To be called with no step in flight: `put` gives the runner other weights. What the old
@@ -160,16 +195,29 @@ class EngineCore:
             self._recorder.read([chunk.live.row for chunk in taken], result.drawn)
         return self.scheduler.update(schedule, result)
 
-    def _recover(self) -> None:
-        """A failed step takes the donated state with it: everybody is computed anew, and no
-        request is lost. Raises what happened where it happens again and again."""
-        self._num_failures += 1
+    def _count_failure(self, error: Exception) -> None:
+        """Counts those between which the oldest request gets no token. Steps that succeed are not
+        enough to begin anew: a prompt's chunks may, again and again, before the step that fails."""
+        oldest = self.scheduler.oldest
+        failed_at = oldest, oldest.num_output if oldest else 0
+        self._num_failures = self._num_failures + 1 if failed_at == self._failed_at else 1
+        self._failed_at = failed_at
         if self._num_failures >= MOST_FAILURES:
-            raise
+            raise EngineDied(
+                f"the engine failed: {MOST_FAILURES} steps in a row did, the last one with "
+                f"{type(error).__name__}: {error}"
+            ) from error
         logger.exception("a step failed; every request is computed anew")
+
+    def _start_over(self) -> None:
+        """To be called where the failure is no longer handled: its traceback holds what the failed
+        step has left on the device."""
         self._inflight.clear()
         self.scheduler.retract_all()
-        self.restore_state()
+        self._plan_builder.reset()
+        self._is_state_lost = True
+        if self._recorder is not None:
+            self._recorder.reset()
 
     def close(self) -> None:
         """Ends what it has beside itself. Any thread may call it, and more than once."""
@@ -177,9 +225,20 @@ class EngineCore:
         if self._recorder is not None:
             self._recorder.close()
 
+    def release(self) -> None:
+        """Frees the device's memory and the programs, from the thread that steps; none follows."""
+        self._inflight.clear()
+        self._runner.release()
+
     def _add(self, request: Request) -> list[FromEngine]:
         try:
-            self.scheduler.add(request, StopChecker(request, self._eos_token_ids, self.tokenizer))
+            stop_checker = StopChecker(request, self._eos_token_ids, self.tokenizer)
+        except Exception as error:  # the tokenizer's, of this prompt
+            logger.exception("%s cannot be served", request.rid)
+            reason = FinishReason.internal_error(f"{type(error).__name__}: {error}")
+            return [StepOutput([RequestUpdate(request.rid, [], reason)])]
+        try:
+            self.scheduler.add(request, stop_checker)
         except ValueError as error:
             status = error.status if isinstance(error, RequestError) else 400
             kind = "BadRequestError" if status < 500 else "ServiceUnavailableError"

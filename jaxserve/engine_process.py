@@ -17,8 +17,9 @@ import zmq
 
 from jaxserve import logs, messages
 from jaxserve.config import EngineConfig
+from jaxserve.errors import EngineDied
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("jaxserve.engine_process")  # whose __name__ is __main__
 
 
 def main() -> None:
@@ -39,6 +40,10 @@ def main() -> None:
         if core is not None:
             ending.callback(core.close)
             _serve(core, socket)
+    except Exception as error:
+        logger.exception("the engine failed")
+        socket.send(messages.encode(messages.EngineFailed(str(EngineDied.of(error)))))
+        sys.exit(1)
     finally:
         ending.close()
         socket.close(linger=1000)
@@ -59,6 +64,10 @@ def configure_jax(config: EngineConfig) -> None:
         os.environ["JAX_PLATFORMS"] = config.device
     # The memory plan divides what JAX may take; three quarters, its default, is for notebooks.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    # JAX would take its share of every device that it sees, and one is used: the first of those
+    # that the user lets us see.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     # XLA warns dozens of times per compile, of timers and of memory that the KV cache takes on
     # purpose; its errors are still shown.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -3,6 +3,7 @@
 import concurrent.futures
 import itertools
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving_state import ServingState
 from jaxserve.tokenizer import Tokenizer
 
+NEWEST_SHARE = 0.2  # of the mean latency
+
 
 class Frontend:
     """Checks and tokenizes requests, and keeps the live ones. Imports no jax.
@@ -46,6 +49,7 @@ class Frontend:
         self._call_ids = itertools.count()
         self._preferred = _parse_preferred(config.preferred_sampling_params)
         self._died: EngineDied | None = None
+        self._latency = 0.0  # of late, in seconds
         self.last_progress = time.monotonic()  # when the engine was last heard of
         self.info: EngineInfo
         self.tokenizer: Tokenizer | None
@@ -59,6 +63,12 @@ class Frontend:
     @property
     def num_live(self) -> int:
         return len(self._live)
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds until one of the live requests is expected to make room for another: by Little's
+        law as many end in the time that each takes as are live. At least 1."""
+        return max(math.ceil(self._latency / max(self.num_live, 1)), 1)
 
     def prepare(self, body: Any) -> tuple[GenerateRequest, list[Request]]:
         """Checks a body of /generate and tokenizes its prompts; touches no shared state.
@@ -138,6 +148,9 @@ class Frontend:
                 generation = take(update.rid, None)
                 if generation is not None:
                     generation.deliver(update, self.state)
+                    if generation.is_complete:
+                        before = self._latency or generation.latency
+                        self._latency = before + NEWEST_SHARE * (generation.latency - before)
         elif isinstance(message, ServingState):
             self.state = message
         elif isinstance(message, Reply):
@@ -154,7 +167,7 @@ class Frontend:
     def die(self, error: EngineDied) -> None:
         """Ends everything that waits for the engine."""
         with self._lock:
-            self._died = error
+            self._died = self._died or error  # the first one knows best
             generations, futures = list(self._live.values()), list(self._calls.values())
             self._live.clear()
             self._calls.clear()

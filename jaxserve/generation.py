@@ -52,6 +52,17 @@ class Generation:
         return self.progress.finish_reason is not None or self.error is not None
 
     @property
+    def is_complete(self) -> bool:
+        """It has all that was asked for."""
+        reason = self.progress.finish_reason
+        return reason is not None and reason.type != "abort"
+
+    @property
+    def latency(self) -> float:
+        """Seconds that a finished request has taken."""
+        return self.progress.finished - self._created
+
+    @property
     def summary(self) -> str:
         """One line for a log: lengths, never the text."""
         progress = self.progress

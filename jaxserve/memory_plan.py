@@ -6,6 +6,7 @@ that the shapes, and with them the compiled programs, are the same at the next s
 
 import contextlib
 import dataclasses
+import math
 import os
 
 import jax
@@ -30,6 +31,7 @@ class MemoryPlan:
     page_size: int
     weight_reload: str  # aside, host or in-place
     reload_bytes: int  # kept free for new weights
+    state_bytes: int = 0  # beside the KV cache
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -41,7 +43,22 @@ class MemoryPlan:
 
     @property
     def scratch_bytes(self) -> int:
-        return self.device_bytes - self.weight_bytes - self.reload_bytes - self.kv_cache_bytes
+        static_bytes = (
+            self.weight_bytes + self.state_bytes + self.kv_cache_bytes + self.reload_bytes
+        )
+        return self.device_bytes - static_bytes
+
+    def check_programs(self, program_bytes: int) -> None:
+        """Raises ValueError where what is left cannot hold a program's temporary arrays: better
+        at the start than at the first long prompt."""
+        if program_bytes <= self.scratch_bytes:
+            return
+        fitting = math.floor(100 * (1 - program_bytes / self.device_bytes)) / 100
+        raise ValueError(
+            f"the programs need {format_bytes(program_bytes)} beside weights and KV cache, but "
+            f"--mem-fraction-static leaves {format_bytes(self.scratch_bytes)}: lower it to "
+            f"{fitting}, or lower --chunked-prefill-size or --max-running-requests"
+        )
 
     def __str__(self) -> str:
         reload = f"new weights={format_bytes(self.reload_bytes)}, " if self.reload_bytes else ""
@@ -132,7 +149,7 @@ def _plan(
             f"({format_bytes(page_bytes)}): raise --mem-fraction-static"
         )
     return MemoryPlan(
-        device_bytes, weight_bytes, page_bytes, num_pages, page_size, way, reload_bytes
+        device_bytes, weight_bytes, page_bytes, num_pages, page_size, way, reload_bytes, state_bytes
     )
 
 

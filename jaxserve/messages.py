@@ -62,6 +62,12 @@ class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
     message: str
 
 
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine's last words."""
+
+    message: str
+
+
 class StepOutput(msgspec.Struct, frozen=True, tag="step"):
     """One step's news of all its requests, in one message."""
 
@@ -75,7 +81,7 @@ class Reply(msgspec.Struct, frozen=True, tag="reply"):
     status: int | None = None  # of an error that is the caller's
 
 
-FromEngine = Ready | StartFailed | StepOutput | ServingState | Reply
+FromEngine = Ready | StartFailed | EngineFailed | StepOutput | ServingState | Reply
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -18,6 +18,7 @@ from jaxserve import hub
 from jaxserve.config import EngineConfig
 from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.fuse import Fuser
 from jaxserve.models.registry import create_model, random_params
 from jaxserve.models.weights import ShardProgress, load_params
 
@@ -43,7 +44,10 @@ class ModelFiles:
     def find(cls, config: EngineConfig) -> "ModelFiles":
         """Raises FileNotFoundError or ValueError where there is no such model, or none we serve."""
         folder = hub.resolve(
-            config.model_path, revision=config.revision, download_dir=config.download_dir
+            config.model_path,
+            needed_parts(config),
+            revision=config.revision,
+            download_dir=config.download_dir,
         )
         try:
             overrides = json.loads(config.json_model_override_args)
@@ -93,6 +97,17 @@ class ModelFiles:
         lines = [f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    def take(self, params: Any) -> tuple[nnx.GraphDef, nnx.State]:
+        """Weights that the program around us has, from any tree with the checkpoint's names.
+
+        Raises:
+          ValueError: it does not fit the model; names every difference.
+        """
+        graphdef, abstract = create_model(self.config)
+        fused = Fuser(abstract).fuse(params)
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return graphdef, jax.device_put(fused, device)
+
     def _read(self, abstract: nnx.State) -> nnx.State:
         checkpoint = Checkpoint(self.folder)
         bar = tqdm.tqdm(
@@ -116,6 +131,16 @@ class ModelFiles:
         finally:
             bar.close()
             checkpoint.close()
+
+
+def needed_parts(config: EngineConfig) -> set[hub.Part]:
+    """What a start reads of `model_path`."""
+    parts: set[hub.Part] = {"config"}
+    if config.load_format != "dummy":
+        parts.add("weights")
+    if not config.skip_tokenizer_init and not config.tokenizer_path:
+        parts.add("tokenizer")
+    return parts
 
 
 def _sha256(path: pathlib.Path) -> str:

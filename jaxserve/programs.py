@@ -53,7 +53,7 @@ def patch(num_lines: int, state: State, upload: Int32[Array, " packed"]) -> Stat
         stop_ids=put(state.stop_ids, lines[:, 5:SAMPLING_START]),
         sampling=put(state.sampling, lines[:, SAMPLING_START:PATCH_HEADER]),
         page_table=put(state.page_table, lines[:, PATCH_HEADER:]),
-        batch=upload[-max_rows:],
+        batch=_overwrite(state.batch, upload[-max_rows:]),
     )
 
 
@@ -131,8 +131,12 @@ def extend(
         state,
         seq_len=state.seq_len.at[rows].add(jnp.where(is_running, lengths, 0)),
         hidden=jax.lax.dynamic_update_slice(state.hidden, hidden, (0, 0)),
-        sampling_rows=jnp.pad(sampling_rows, padding, constant_values=trash),
-        sampling_tokens=jnp.pad(jnp.maximum(ends - 1, 0), padding),
+        sampling_rows=_overwrite(
+            state.sampling_rows, jnp.pad(sampling_rows, padding, constant_values=trash)
+        ),
+        sampling_tokens=_overwrite(
+            state.sampling_tokens, jnp.pad(jnp.maximum(ends - 1, 0), padding)
+        ),
     )
 
 
@@ -210,6 +214,12 @@ def decode(
 def peek(leaf: Int32[Array, "K rows C"]) -> Int32[Array, "K rows C"]:
     """A fresh copy: a donated array cannot be read once the next program has taken it."""
     return leaf + 0
+
+
+def _overwrite(old: Int32[Array, " R"], new: Int32[Array, " R"]) -> Int32[Array, " R"]:
+    """`new`, where `old` is. A leaf that is replaced unread would be no argument of the program:
+    its buffer would go to another leaf of its shape, addresses would change, graphs be patched."""
+    return jax.lax.dynamic_update_slice(old, new, (0,))
 
 
 def _run_model(

@@ -58,6 +58,12 @@ class Runner:
         self._programs = _compile_all(jobs, on_compiled)
 
     @property
+    def program_bytes(self) -> int:
+        """Of the device's memory that the hungriest program takes while it runs, beside the
+        weights and the state."""
+        return max(_working_bytes(program) for program in self._programs.values())
+
+    @property
     def weights(self) -> tuple[jax.Array | None, ...]:
         """The leaves of the parameters, in the order of `jax.tree.leaves`; None where one was
         released. No program takes them: whoever holds the tuple may read it from any thread."""
@@ -99,7 +105,14 @@ class Runner:
 
     def reset(self) -> None:
         """A state without requests: after a step has failed and taken the donated one with it."""
+        for leaf in jax.tree.leaves(self._state):
+            leaf.delete()  # what is left of it: there is no room for two
         self._state = self._shape.create()
+
+    def release(self) -> None:
+        """Lets go of weights, state and programs; nothing can be dispatched any more."""
+        self._programs.clear()
+        self._weights, self._state = (), None
 
     def dispatch(self, plan: StepPlan) -> Dispatched:
         """Enqueues one step; `read` waits for what it returns."""
@@ -224,15 +237,21 @@ def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> d
     return jobs
 
 
+def _working_bytes(program: jax.stages.Compiled) -> int:
+    stats = program.memory_analysis()
+    if stats is None:  # the backend does not tell
+        return 0
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.temp_size_in_bytes + max(fresh, 0)
+
+
 def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], None]):
     """Every program, compiled in parallel."""
 
     def compile_one(job):
         function, arguments, donated = job
-        # A leaf that a program replaces unread is kept as its argument: left out, its buffer would
-        # go to another leaf of its shape, addresses would change, and graphs be patched.
-        jitted = jax.jit(function, donate_argnums=donated, keep_unused=True)
-        return jitted.lower(*arguments).compile()
+        # Not keep_unused: with it a cache of JAX's keeps every program for good.
+        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
 
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
         futures = {key: pool.submit(compile_one, job) for key, job in jobs.items()}

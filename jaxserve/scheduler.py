@@ -7,6 +7,7 @@ oldest is never retracted, so that somebody always gets on.
 """
 
 import itertools
+import logging
 from typing import Literal
 
 from jaxserve.admission import OutputEstimate
@@ -19,6 +20,7 @@ from jaxserve.step_plan import NOT_FINITE
 from jaxserve.step_result import StepResult
 from jaxserve.stop_checker import StopChecker
 
+logger = logging.getLogger(__name__)
 LOOKAHEAD = 32  # tokens: rows get pages for so many at once, so that they rarely need any
 MOST_MATCHED_WAITING = 128  # beyond so many, lpm does not look prefixes up
 
@@ -81,13 +83,13 @@ class Scheduler:
 
     def abort(self, rid: str, reason: FinishReason | None = None) -> RequestUpdate | None:
         """Ends the request; None where it is not known, which is no error: it may have finished."""
-        live = self._by_rid.pop(rid, None)
+        live = self._by_rid.get(rid)
         if live is None:
             return None
         if live.row >= 0:
-            self._leave_row(live, keep=True)
-            return self._news(live, [], reason or FinishReason("abort", message="Aborted"))
+            return self._end(live, [], reason or FinishReason("abort", message="Aborted"))
         (self.waiting if live in self.waiting else self.held).remove(live)
+        del self._by_rid[rid]
         words = "Abort in waiting queue"
         return self._news(live, [], reason or FinishReason("abort", message=words))
 
@@ -134,16 +136,14 @@ class Scheduler:
             first_score, num_scores = num_scores, num_scores + chunk.num_scores
             if chunk.is_stale:
                 continue
-            live, scored = chunk.live, None
-            if chunk.num_scores:
-                live.num_scored = chunk.first_score + chunk.num_scores
-                scored = result.prompt_logprobs(first_score, chunk.num_scores, live.logprobs)
-            if chunk.num_samples:
-                if chunk.tokens and result.drawn[0][live.row][1] != NOT_FINITE:
-                    self._share_prefix(live)
-                updates.append(self._take(live, chunk.num_samples, result, scored))
-            elif scored is not None:
-                updates.append(self._news(live, [], prompt_logprobs=scored))
+            try:
+                update = self._take_in(chunk, first_score, result)
+            except Exception as error:  # of its text, say: nobody else's concern
+                logger.exception("%s ends", chunk.live.request.rid)
+                reason = FinishReason.internal_error(f"{type(error).__name__}: {error}")
+                update = self._end(chunk.live, [], reason)
+            if update is not None:
+                updates.append(update)
         return updates
 
     def retract_all(self, *, keep: bool = False) -> None:
@@ -173,6 +173,11 @@ class Scheduler:
     def num_tokens_in_rows(self) -> int:
         """Tokens of running requests whose keys and values are in the cache."""
         return sum(live.num_committed for live in self.running)
+
+    @property
+    def oldest(self) -> LiveRequest | None:
+        """The one that nobody keeps from getting on."""
+        return min(self.running or self.waiting, key=lambda live: live.order, default=None)
 
     @property
     def is_idle(self) -> bool:
@@ -348,6 +353,18 @@ class Scheduler:
 
     # The end of a request, and of a stay in a row.
 
+    def _take_in(self, chunk: Chunk, first_score: int, result: StepResult) -> RequestUpdate | None:
+        """What a step has done for one request; None where it is no news."""
+        live, scored = chunk.live, None
+        if chunk.num_scores:
+            live.num_scored = chunk.first_score + chunk.num_scores
+            scored = result.prompt_logprobs(first_score, chunk.num_scores, live.logprobs)
+        if chunk.num_samples:
+            if chunk.tokens and result.drawn[0][live.row][1] != NOT_FINITE:
+                self._share_prefix(live)
+            return self._take(live, chunk.num_samples, result, scored)
+        return scored and self._news(live, [], prompt_logprobs=scored)
+
     def _take(
         self, live: LiveRequest, count: int, result: StepResult, scored: Logprobs | None
     ) -> RequestUpdate:
@@ -359,7 +376,8 @@ class Scheduler:
         for step in result.drawn[:count]:
             token, finish = step[row][:2]
             if finish == NOT_FINITE:
-                reason, is_sound = _not_finite(), False
+                reason = FinishReason.internal_error("the model's scores are not finite")
+                is_sound = False
             elif request.max_new_tokens == 0:  # only its prompt was wanted
                 reason = FinishReason("length", length=0)
             else:
@@ -372,9 +390,22 @@ class Scheduler:
         if request.logprobs is not None:
             logprobs = result.drawn_logprobs(row, len(taken), request.logprobs)
         if reason is not None:
-            self._leave_row(live, keep=is_sound)
-            del self._by_rid[request.rid]
-        return self._news(live, taken, reason, logprobs, scored)
+            return self._end(live, taken, reason, logprobs, scored, keep=is_sound)
+        return self._news(live, taken, None, logprobs, scored)
+
+    def _end(
+        self,
+        live: LiveRequest,
+        token_ids: list[int],
+        reason: FinishReason,
+        logprobs: Logprobs | None = None,
+        prompt_logprobs: Logprobs | None = None,
+        *,
+        keep: bool = True,
+    ) -> RequestUpdate:
+        self._leave_row(live, keep=keep)
+        del self._by_rid[live.request.rid]
+        return self._news(live, token_ids, reason, logprobs, prompt_logprobs)
 
     def _retract(self, live: LiveRequest, *, keep: bool = True) -> None:
         self._leave_row(live, keep=keep)
@@ -442,12 +473,3 @@ class Scheduler:
     def _most_tokens(request: Request) -> int:
         """That are ever computed: all but the last, which is only sampled."""
         return len(request.prompt_ids) + max(request.max_new_tokens - 1, 0)
-
-
-def _not_finite() -> FinishReason:
-    return FinishReason(
-        "abort",
-        message="the model's scores are not finite",
-        status_code=500,
-        err_type="InternalServerError",
-    )

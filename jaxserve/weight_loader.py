@@ -81,7 +81,7 @@ class WeightLoader:
         self._views = views(abstract)
         self._numbers = {tuple(path): i for i, (path, _) in enumerate(nnx.to_flat_state(abstract))}
         self.tensor_names = frozenset(view.name for view in self._views)
-        self._abstract, self._served, self._root = abstract, served, root
+        self.abstract, self._served, self._root = abstract, served, root
 
     def free_device_bytes(self) -> int:
         return memory_plan.free_memory(self._device)
@@ -173,10 +173,10 @@ class WeightLoader:
         start = time.perf_counter()
         if folder is not None:
             folder.check(self._served, keep_tokenizer=update.keep_tokenizer)
-        check(checkpoint, self._abstract, is_partial=update.is_partial)
+        check(checkpoint, self.abstract, is_partial=update.is_partial)
         is_checksummed = folder is not None and folder.verify(on_bytes)
         values = ValueCheck()
-        source = _CheckpointSource(checkpoint, self._abstract, runner, values, on_bytes)
+        source = _CheckpointSource(checkpoint, self.abstract, runner, values, on_bytes)
         # Where tensors of a fused leaf are given but not all, it must be there to be read.
         way = "host" if update.is_partial and self.way == "in-place" else self.way
         on_device = way == "aside"

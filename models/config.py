@@ -174,20 +174,29 @@ def _parse_rope(raw: Mapping[str, Any], longest: int) -> RopeConfig:
         theta=_number(scaling, "rope_theta", _number(raw, "rope_theta", 10000.0)),
         factor=1.0 if factor is None else factor,
         original_context_length=original,
-        **{name: scaling[name] for name in _ROPE_OPTIONS if scaling.get(name) is not None},
+        **_rope_options(scaling, rope_type),
     )
 
 
-_ROPE_OPTIONS = (
-    "low_freq_factor",
-    "high_freq_factor",
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-)
+def _rope_options(scaling: Mapping[str, Any], rope_type: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        options[name] = _number(scaling, name, None)
+    for name in ("attention_factor", "mscale", "mscale_all_dim"):
+        options[name] = None if scaling.get(name) == 0 else _number(scaling, name, None)
+    if scaling.get("truncate") is not None:
+        options["truncate"] = flag(scaling, "truncate")
+    options = {name: value for name, value in options.items() if value is not None}
+    if rope_type == "llama3":
+        for name in ("low_freq_factor", "high_freq_factor"):
+            if name not in options:
+                raise ValueError(f"config.json: rope_type 'llama3' needs a {name}")
+        if options["low_freq_factor"] >= options["high_freq_factor"]:
+            raise ValueError(
+                f"config.json: low_freq_factor {options['low_freq_factor']} is not below "
+                f"high_freq_factor {options['high_freq_factor']}"
+            )
+    return options
 
 
 def _check(config: ModelConfig) -> None:

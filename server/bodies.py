@@ -1,6 +1,7 @@
 """JSON in and out, and what an error looks like."""
 
 import http
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -51,12 +52,20 @@ def empty(status: int = 200) -> HTTPResponse:
 
 def error_content(message: str, status: int, param: str | None = None) -> dict[str, Any]:
     """The same for every route, and for the last event of a stream."""
+    message = message.encode(errors="replace").decode()  # it may repeat a header that is no text
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "code": status, "param": param}}
 
 
-def error(message: str, status: int, param: str | None = None) -> HTTPResponse:
-    return json(error_content(message, status, param), status)
+def error(
+    message: str,
+    status: int,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> HTTPResponse:
+    response = json(error_content(message, status, param), status)
+    response.headers.update(headers or {})
+    return response
 
 
 def phrase(status: int) -> str:

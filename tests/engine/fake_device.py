@@ -103,9 +103,9 @@ class Device:
         self.out = [[(-1, -1, 0)] * (self.max_rows + 1) for _ in range(self.num_steps)]
         self.hidden: dict[int, int] = {}  # by index of a packed token: what has been seen there
 
-    def dispatch(self, plan: StepPlan, new_rows: list[LiveRequest]) -> StepResult:
+    def dispatch(self, plan: StepPlan, running: list[LiveRequest]) -> StepResult:
         if plan.patch:
-            self.patch(ints(plan.patch), {live.row: live for live in new_rows})
+            self.patch(ints(plan.patch), {live.row: live for live in running})
         self.copy(ints(plan.copies).reshape(-1, 3).tolist())
         if plan.kind == "extend":
             self.extend(plan)
@@ -124,7 +124,7 @@ class Device:
             scores=np.array(scores, np.int32) if scores else None,
         )
 
-    def patch(self, packed: np.ndarray, new_rows: dict[int, LiveRequest]) -> None:
+    def patch(self, packed: np.ndarray, running: dict[int, LiveRequest]) -> None:
         lines = packed[: -self.max_rows].reshape(-1, self.width)
         self.batch = packed[-self.max_rows :].tolist()
         for line in lines.tolist():
@@ -133,12 +133,11 @@ class Device:
             if index == self.max_rows:
                 assert finish == STOPPED and not any(line[PATCH_HEADER:])
                 continue
-            if live := new_rows.get(index):
+            if seq_len != KEEP:  # a request begins here, behind what it found in the cache
+                live = running[index]
                 assert seq_len < len(live.tokens), "one token at least is left to compute"
                 row.namespace = live.request.namespace
                 row.chain = chain_of(live.tokens[:seq_len], row.namespace)
-            else:
-                assert seq_len == KEEP
             row.last_token = row.last_token if last_token == KEEP else last_token
             row.finish = row.finish if finish == KEEP else finish
             row.limit, row.stop_ids = limit, tuple(line[5:SAMPLING_START])
@@ -162,6 +161,7 @@ class Device:
         )
         work, sampling, start, starts = {}, [], 0, {}
         for row, length, samples_one in np.stack([rows, lengths, samples], axis=1).tolist():
+            assert row < self.max_rows or length == 0, "padding computes nothing"
             if row < self.max_rows and self.rows[row].finish == RUNNING:
                 assert row not in work
                 work[row] = tokens[start : start + length].tolist()

@@ -14,8 +14,16 @@ from collections.abc import Hashable
 from itertools import pairwise
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.radix_cache import TOKEN_BYTES, Match, Node, RadixCache
@@ -46,9 +54,11 @@ class Running:
 
 class RadixMachine(RuleBasedStateMachine):
     cache_type = RadixCache
+    num_examples = 0
 
     @initialize(page_size=st.sampled_from((1, 2, 4, 16)), num_pages=st.integers(4, 12))
     def start(self, page_size: int, num_pages: int):
+        type(self).num_examples += 1
         self.page_size = page_size
         self.allocator = PageAllocator(num_pages + 1)
         self.cache = self.cache_type(page_size, self.allocator)
@@ -384,3 +394,23 @@ def tokens_of(node: Node) -> tuple[tuple[int, ...], Hashable]:
 def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     size = min(len(a), len(b))
     return next((i for i in range(size) if a[i] != b[i]), size)
+
+
+def run_shadow(cache_type: type[RadixCache], most: int) -> None:
+    """So many examples, or until one fails; the same in every run."""
+    machine = type("Machine", (RadixMachine,), {"cache_type": cache_type, "num_examples": 0})
+    try:
+        run_state_machine_as_test(machine, settings=settings(UNTIL_CAUGHT, max_examples=most))
+    finally:
+        print(f"{machine.num_examples} examples")
+
+
+UNTIL_CAUGHT = settings(
+    stateful_step_count=40,
+    phases=[Phase.generate],
+    derandomize=True,
+    database=None,
+    deadline=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)

@@ -20,7 +20,16 @@ def model(**changes) -> ModelConfig:
     )
 
 
-def plan(model_config=None, *, weights=GB, device=10 * GB, rows=8, is_cpu=False, **options):
+def plan(
+    model_config=None,
+    *,
+    weights=GB,
+    device=10 * GB,
+    rows=8,
+    is_cpu=False,
+    state_bytes=0,
+    **options,
+):
     return plan_memory(
         EngineConfig(**{"model_path": "x", "weight_reload": "host"} | options),
         model_config or model(),
@@ -28,6 +37,7 @@ def plan(model_config=None, *, weights=GB, device=10 * GB, rows=8, is_cpu=False,
         device_bytes=device,
         max_rows=rows,
         is_cpu=is_cpu,
+        state_bytes=state_bytes,
     )
 
 
@@ -85,6 +95,30 @@ def test_weights_that_do_not_fit_name_the_flag(device):
 def test_no_room_for_one_page_names_the_flag():
     with pytest.raises(ValueError, match=r"no room for one page .*raise --mem-fraction-static"):
         plan(device=int((GB + TOKEN_BYTES) / 0.88), page_size=16)
+
+
+def test_programs_must_fit_into_what_is_left():
+    made = plan(mem_fraction_static=0.9, page_size=16)
+    made.check_programs(made.scratch_bytes)
+    with pytest.raises(ValueError) as refused:
+        made.check_programs(int(1.5 * GB))
+    print(refused.value)
+    assert "the programs need 1.50 GB beside weights and KV cache" in str(refused.value)
+    assert "--mem-fraction-static leaves 1.00 GB: lower it to 0.85," in str(refused.value)
+    plan(mem_fraction_static=0.85, page_size=16).check_programs(int(1.5 * GB))
+
+
+def test_nothing_is_left_for_programs_at_a_fraction_of_one():
+    made = plan(mem_fraction_static=1.0, page_size=1)
+    assert made.scratch_bytes < made.page_bytes
+    with pytest.raises(ValueError, match=r"lower it to 0\.99,"):
+        made.check_programs(10**6)
+
+
+def test_state_is_no_room_for_programs():
+    with_state, without = plan(state_bytes=GB), plan()
+    assert with_state.kv_cache_bytes < without.kv_cache_bytes - 0.99 * GB
+    assert abs(with_state.scratch_bytes - without.scratch_bytes) < 2 * with_state.page_bytes
 
 
 def test_aside_keeps_room_for_a_second_copy():

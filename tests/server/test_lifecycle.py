@@ -159,6 +159,7 @@ def test_control_c_reaches_the_engine_too_and_a_second_one_ends_at_once(servers)
         began = time.monotonic()
         os.killpg(server.process.pid, signal.SIGINT)
         assert server.process.wait(10) == 128 + signal.SIGINT
+        reader.join(10)
         wait_for(lambda: not is_running(engine), 5)
         print(f"both ended {time.monotonic() - began:.2f} s after the second signal")
         assert "Traceback" not in server.output
