@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jaxserve.background import Done, Task
 from jaxserve.messages import FromEngine, StepOutput
 from jaxserve.serving_state import ServingState
-from jaxserve.weight_loader import LoadedUpdate, UpdateFailed
+from jaxserve.weight_loader import ROLLED_BACK, LoadedUpdate, UpdateFailed
 from jaxserve.weight_request import WeightUpdate
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SUCCEEDED = "Succeeded to update model weights."
-ROLLED_BACK = "Rolling back to original weights."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +37,7 @@ class PendingUpdate:
                 f"Failed to update weights: no byte was read for {timeout:g} s "
                 f"(--weight-load-timeout).\n{ROLLED_BACK}"
             )
-        try:
-            return self.task.result()
-        except UpdateFailed:
-            raise
-        except Exception as error:
-            logger.exception("new weights could not be loaded")
-            words = f"Failed to update weights: {type(error).__name__}: {error}.\n{ROLLED_BACK}"
-            raise UpdateFailed(words, status=500) from error
+        return self.task.result()
 
     def interrupt(self, engine: "EngineCore") -> tuple[list[FromEngine], int]:
         """Does with the requests in flight as is asked for: then no step is in flight. Returns what

@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import logging
 import pathlib
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve import memory_plan, weight_placement
+from jaxserve.background import GivenUp
 from jaxserve.errors import RequestError
 from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.safetensors_file import SafetensorsBytes, SafetensorsFile
@@ -21,6 +24,9 @@ from jaxserve.weight_folder import Served, WeightFolder
 from jaxserve.weight_request import LOAD_FORMATS, WeightUpdate
 from jaxserve.weight_values import ValueCheck
 from jaxserve.weights_root import WeightsRoot
+
+logger = logging.getLogger(__name__)
+ROLLED_BACK = "Rolling back to original weights."
 
 
 class UpdateFailed(RequestError):
@@ -45,9 +51,7 @@ class LoadedUpdate:
         try:
             self._loaded.check(runner)
         except ValueError as error:
-            raise UpdateFailed(
-                f"Failed to update weights: {error}.\nRolling back to original weights."
-            ) from error
+            raise UpdateFailed(f"Failed to update weights: {error}.\n{ROLLED_BACK}") from error
 
     def commit(self, runner: Runner) -> None:
         """To be called with no step in flight. Raises weight_placement.WeightsLost."""
@@ -95,27 +99,28 @@ class WeightLoader:
                 f"Failed to get model loader: {update.load_format!r} is not read here; "
                 f"{' and '.join(LOAD_FORMATS)} are."
             )
-        folder, path = None, ""
+        path, checkpoint, prefix, end = "", None, "Failed to get weights iterator", ""
         try:
+            folder = None
             if update.is_partial:
                 checkpoint = self._open_tensors(update)
             else:
                 path, root = self._root.find(update.model_path)
                 folder = WeightFolder(update.model_path, path, root)
                 checkpoint = folder.checkpoint
-        except (OSError, ValueError) as error:
-            words = _say(error, path, update)
-            raise UpdateFailed(f"Failed to get weights iterator: {words}.") from error
-        try:
+            prefix, end = "Failed to update weights", f"\n{ROLLED_BACK}"
             return self._load(update, checkpoint, folder, runner, on_bytes)
-        except BaseException as error:
-            checkpoint.close()
-            if not isinstance(error, OSError | ValueError):
-                raise
-            raise UpdateFailed(
-                f"Failed to update weights: {_say(error, path, update)}.\n"
-                "Rolling back to original weights."
-            ) from error
+        except Exception as error:
+            is_known = isinstance(error, OSError | ValueError)
+            words = f"{prefix}: {_say(error, path, update)}.{end}"
+            if not is_known and not isinstance(error, GivenUp):
+                logger.exception("new weights could not be loaded")
+            # Its frames hold what was loaded already, in cycles: the device cannot wait for those
+            # to be collected.
+            traceback.clear_frames(error.__traceback__)
+            if checkpoint is not None:
+                checkpoint.close()
+        raise UpdateFailed(words, status=400 if is_known else 500)
 
     def read_tensor(self, runner: Runner, name: str, most_rows: int) -> list[Any]:
         """The first rows of a checkpoint tensor as it serves now, as nested lists of floats.
@@ -190,17 +195,22 @@ class WeightLoader:
         )
 
     def _open_tensors(self, update: WeightUpdate) -> Checkpoint:
-        payloads = [
-            SafetensorsBytes(f"payload {i}", content) for i, content in enumerate(update.payloads)
-        ]
-        files = [SafetensorsFile(path, self._root.open(path)) for path in update.files]
-        checkpoint = Checkpoint("the payload", [*payloads, *files])
-        count = sum(len(file.tensors) for file in checkpoint.files)
-        if count != len(set(checkpoint.names())):
-            raise ValueError("a tensor is given twice")
-        if not count:
-            raise ValueError("there is no tensor")
-        return checkpoint
+        files: list[SafetensorsFile | SafetensorsBytes] = []
+        try:
+            for i, content in enumerate(update.payloads):
+                files.append(SafetensorsBytes(f"payload {i}", content))
+            for path in update.files:
+                files.append(SafetensorsFile(path, self._root.open(path)))
+            names = [name for file in files for name in file.tensors]
+            if len(set(names)) < len(names):
+                raise ValueError("a tensor is given twice")
+            if not names:
+                raise ValueError("there is no tensor")
+            return Checkpoint("the payload", files)
+        except BaseException:
+            for file in files:
+                file.close()
+            raise
 
 
 class _CheckpointSource:
@@ -243,6 +253,8 @@ def _say(error: Exception, path: str | pathlib.Path, update: WeightUpdate) -> st
     words = str(error)
     if isinstance(error, OSError) and error.strerror:
         words = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif not isinstance(error, OSError | ValueError):
+        words = f"{type(error).__name__}: {error}"
     if path and update.model_path:
         words = words.replace(str(path), update.model_path)
     return words.rstrip(".")
