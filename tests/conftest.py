@@ -17,6 +17,7 @@ NO_SHAPES = {
     "jaxserve.models.checkpoint",
     "jaxserve.models.config",
     "jaxserve.models.fuse",
+    "jaxserve.models.sharding",
     "jaxserve.models.interface",
     "jaxserve.models.registry",
     "jaxserve.models.safetensors_file",
