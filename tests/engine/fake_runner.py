@@ -32,6 +32,9 @@ class FakeRunner:
         self.fail_at("read")
         return result
 
+    def change_weights(self) -> None:
+        self.device.version += 1
+
     def reset(self) -> None:
         self.is_state_lost = False
         self.device.reset()

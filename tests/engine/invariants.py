@@ -2,6 +2,7 @@
 nothing here asks the scheduler, the cache or the allocator for sums that they keep."""
 
 import collections
+from collections.abc import Callable
 
 from jaxserve.live_request import LiveRequest
 from jaxserve.radix_cache import TOKEN_BYTES, Node
@@ -36,24 +37,31 @@ def requests_fit_their_pages(scheduler: Scheduler, page_size: int) -> None:
         assert live.num_committed <= min(len(live.tokens), page_size * len(live.pages))
 
 
-def pages_hold_what_requests_need(scheduler: Scheduler, device: Device) -> None:
+def pages_hold_what_requests_need(
+    scheduler: Scheduler, device: Device, chain: Callable[[LiveRequest], list[int]]
+) -> None:
+    """`chain` says what that is, of the tokens that are known and computed."""
     for live in scheduler.running:
-        tokens = live.tokens[: live.num_committed]
-        check_slots(device, tokens, live.request.namespace, live.pages)
+        check_slots(device, chain(live), live.pages)
 
 
 def pages_hold_what_the_tree_says(scheduler: Scheduler, device: Device) -> None:
+    """But for what weights of before have computed, which is there for those who still use it."""
     for node in nodes_of(scheduler):
         path = path_of(node)
+        root = path[0].parent
+        if root in scheduler.cache._old_roots:
+            assert node.lock_count, "nobody needs it"
+            continue
         packed = b"".join(one.tokens for one in path)
         tokens = memoryview(packed).cast("i").tolist()
         assert len(packed) == TOKEN_BYTES * len(tokens)
         pages = [page for one in path for page in one.pages]
-        check_slots(device, tokens, path[0].parent.namespace, pages)
+        check_slots(device, chain_of(tokens, root.namespace, device.version), pages)
 
 
-def check_slots(device: Device, tokens: list[int], namespace: str, pages: list[int]) -> None:
-    for position, expected in enumerate(chain_of(tokens, namespace)):
+def check_slots(device: Device, chain: list[int], pages: list[int]) -> None:
+    for position, expected in enumerate(chain):
         slot = pages[position // device.page_size], position % device.page_size
         assert device.slots.get(slot) == (position, expected), "not what it is kept for"
 

@@ -50,6 +50,7 @@ class Running:
     lock: Lock
     copy: tuple[Lock, Match] | None  # a donor's page, not copied yet
     num_written: int  # tokens whose keys and values are in the pages
+    is_old: bool = False  # some of them were written before all was forgotten
 
 
 class RadixMachine(RuleBasedStateMachine):
@@ -65,6 +66,7 @@ class RadixMachine(RuleBasedStateMachine):
         self.running: list[Running] = []
         self.locks: list[Lock] = []
         self.written: dict[tuple[int, int], tuple] = {}  # page, slot -> namespace, tokens so far
+        self.old: set[int] = set()  # pages that were forgotten while they were locked
         self.used: dict[int, int] = {}  # page -> when
         self.now = 0
 
@@ -133,6 +135,8 @@ class RadixMachine(RuleBasedStateMachine):
         """A chunk of prefill that other requests may use before this one ends."""
         self.step(index, count)
         request = self.running[index % len(self.running)]
+        if request.is_old:
+            return
         match = self.insert(request, is_running=True)
         assert match.num_tokens == len(match.pages) * self.page_size
         before = request.lock
@@ -143,6 +147,9 @@ class RadixMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(index=st.integers(0, MAX_RUNNING))
     def finish(self, index: int):
+        if self.running[index % len(self.running)].is_old:
+            self.abort(index)
+            return
         request = self.running.pop(index % len(self.running))
         self.give_up_copy(request)
         stop = -(-request.num_written // self.page_size)
@@ -180,6 +187,15 @@ class RadixMachine(RuleBasedStateMachine):
             if gone.issuperset(node.pages):
                 with pytest.raises(ValueError):
                     self.cache.lock(node)
+
+    @precondition(lambda self: self.now % 8 == 7)  # seldom: it ends what else could be seen
+    @rule()
+    def forget(self):
+        self.cache.forget()
+        assert self.cached_pages() == self.locked_pages(), "what nobody uses is free at once"
+        self.old = self.cached_pages()
+        for request in self.running:
+            request.is_old = True
 
     @precondition(lambda self: self.locked_pages() or self.now > 40)
     @rule()
@@ -231,6 +247,7 @@ class RadixMachine(RuleBasedStateMachine):
             assert node.parent.lock_count >= node.lock_count
         cached, locked = self.cached_pages(), self.locked_pages()
         assert locked <= cached
+        assert self.old & cached <= locked, "what is forgotten goes with its last lock"
         assert self.cache.total_pages == len(cached)
         assert self.cache.protected_pages == len(locked)
         assert self.cache.evictable_pages == len(cached - locked)
@@ -298,8 +315,8 @@ class RadixMachine(RuleBasedStateMachine):
         return sum(page in lock.pages for lock in self.locks)
 
     def prefixes(self) -> dict[int, tuple]:
-        """For each cached page its namespace and the tokens up to its last one."""
-        cached = self.cached_pages()
+        """For each page that can be matched its namespace and the tokens up to its last one."""
+        cached = self.cached_pages() - self.old
         prefixes = {}
         for (page, _), (namespace, tokens) in self.written.items():
             if page in cached and len(tokens) > len(prefixes.get(page, ("", ()))[1]):
@@ -378,6 +395,7 @@ class RadixMachine(RuleBasedStateMachine):
             return None
         self.evict(max(missing, 0))
         pages = self.allocator.allocate(count)
+        self.old -= set(pages)
         self.written = {key: value for key, value in self.written.items() if key[0] not in pages}
         return pages
 

@@ -97,6 +97,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             rids = [live.request.rid for live in world.scheduler.running]
         world.abort(rids[bits // 2 % len(rids)])
 
+    @rule(way=st.sampled_from(["in place", "in place", "retract", "fail"]))
+    def reload(self, way):
+        self.world.reload(way)
+
     @rule(place=st.sampled_from(["flush", "before", "after", "read"]))
     def flush_or_fail(self, place):
         if place == "flush":

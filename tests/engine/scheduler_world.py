@@ -1,6 +1,7 @@
 """`EngineCore` with all it decides by, on a fake device, and what must hold of it at any time."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import types
@@ -12,6 +13,7 @@ from jaxserve.messages import AbortRequest, AddRequest, Call
 from jaxserve.request import LogprobParams, Request, RequestUpdate
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler
+from jaxserve.serving_state import ServingState
 from jaxserve.step_log import StepLog
 from jaxserve.step_plan import NUM_STOP_IDS
 from tests.engine import invariants
@@ -82,7 +84,8 @@ class World:
             self.seen[f"refused with {status}"] += 1
             return
         assert not news
-        self.answers[rid] = Answer(request, (-priority, next(self.arrivals)))
+        order = -priority, next(self.arrivals)
+        self.answers[rid] = Answer(request, order, self.device.version)
 
     def refusal_of(self, request: Request) -> int | None:
         """The status with which it must be refused."""
@@ -117,7 +120,7 @@ class World:
                 self.seen[f"ended by {end.type} {end.status_code or ''}".strip()] += 1
                 self.seen["used the cache"] += update.cached_tokens > 0
                 self.seen["retracted"] += update.num_retractions
-                self.seen["logprobs of a prompt"] += len(answer.prompt_logprobs) > 0
+                self.seen["logprobs of a prompt"] += answer.num_scored > 0
 
     def abort(self, rid: str) -> None:
         answer = self.alive().get(rid)
@@ -136,6 +139,34 @@ class World:
         assert reply.value == is_idle
         assert not is_idle or self.scheduler.allocator.num_used == 0
         self.seen["flushed" if is_idle else "not flushed"] += 1
+
+    def reload(self, way: str) -> None:
+        """Other weights, between two steps: those who run go on "in place" or begin anew; or the
+        weights "fail", and nothing changes."""
+        for output in self.core.drain():
+            self.take(output.updates)
+        if way == "retract":
+            self.scheduler.retract_all()
+        if way == "fail":
+            self.fail_to_reload()
+            return
+        computed = {live.request.rid: live.num_computed for live in self.scheduler.running}
+        self.core.change_weights(lambda runner: runner.change_weights())
+        for rid, answer in self.alive().items():
+            answer.change_weights(self.device.version, computed.get(rid, 0))
+        self.seen[f"reloaded {way} with {'some' if computed else 'none'} running"] += 1
+
+    def fail_to_reload(self) -> None:
+        def put(runner: FakeRunner) -> None:
+            raise Fault
+
+        cached = {id(node): tuple(node.pages) for node in invariants.nodes_of(self.scheduler)}
+        with contextlib.suppress(Fault):
+            self.core.change_weights(put)
+        assert cached == {
+            id(node): tuple(node.pages) for node in invariants.nodes_of(self.scheduler)
+        }
+        self.seen["reload failed"] += 1
 
     def fail(self, place: str) -> None:
         """A step fails, where it comes so far."""
@@ -168,14 +199,18 @@ class World:
     def check(self) -> None:
         scheduler = self.scheduler
         scheduler.check_integrity()
-        live = [one.request.rid for one in (*scheduler.running, *scheduler.waiting)]
+        lives = (*scheduler.running, *scheduler.waiting, *scheduler.held)
+        live = [one.request.rid for one in lives]
         assert sorted(live) == sorted(self.alive()), "each is running, waiting or told of its end"
         assert len(scheduler.running) <= self.limits.max_rows
         invariants.pages_have_one_owner(scheduler)
         invariants.locks_are_exact(scheduler)
         invariants.requests_fit_their_pages(scheduler, self.limits.page_size)
-        invariants.pages_hold_what_requests_need(scheduler, self.device)
+        invariants.pages_hold_what_requests_need(scheduler, self.device, self.chain_of)
         invariants.pages_hold_what_the_tree_says(scheduler, self.device)
+
+    def chain_of(self, live: LiveRequest) -> list[int]:
+        return self.answers[live.request.rid].chain_of(live.num_committed)
 
     def check_schedule(self, schedule: Schedule) -> None:
         assert schedule.num_prompt_tokens <= self.limits.max_prefill_tokens
@@ -234,6 +269,8 @@ def make_core(world: World, system: System):
             running = sorted(world.scheduler.running, key=world.order_of)
             must_admit = not running and bool(world.scheduler.waiting)
             is_dispatched = super()._dispatch()
+            for live in world.scheduler.running:
+                world.answers[live.request.rid].enter_row(live.epoch)
             if running:
                 assert running[0] in world.scheduler.running, "the oldest was retracted"
             if is_dispatched:
@@ -263,7 +300,9 @@ def make_core(world: World, system: System):
         world.scheduler,
         builder,
         world.runner,
-        tokenizer=None,
+        tokenizer=None,  # no step asks for it
         log=log,
-        compile_counter=None,  # no step asks for it
+        loader=types.SimpleNamespace(abstract=None),  # nor for this
+        state=ServingState("", "", weight_version=""),
+        compile_counter=None,
     )

@@ -18,9 +18,3 @@ def test_every_invariant_is_checked_somewhere():
             for name in path.split("."):
                 found = getattr(found, name)
             assert callable(found)
-
-
-def test_every_file_is_named():
-    helpers = {p.name for p in pathlib.Path(__file__).parent.glob("[!t]*.py")}
-    named = set(re.findall(r"`(\w+\.py)`", README))
-    assert helpers <= named

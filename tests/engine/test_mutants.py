@@ -132,12 +132,7 @@ MUTANTS: dict[str, tuple] = {
         "self._roots.get(namespace)",
         "next(iter(self._roots.values()), None)",
     ),
-    # A reload makes the device's state anew, as recovery from a failed step does.
-    "keep cache on reload": (
-        histories,
-        "self._retract(live, keep=False)\n        if self.cache is not None:",
-        "self._retract(live, keep=False)\n        if False:",
-    ),
+    "keep cache on reload": (histories, "self.cache.forget()", "pass"),
     "abort by prefix": (
         histories,
         "live = self._by_rid.get(rid)",
@@ -282,8 +277,8 @@ MUTANTS: dict[str, tuple] = {
     ),
     "full queue takes one more": (
         histories,
-        "len(self.waiting) >= self._max_waiting",
-        "len(self.waiting) > self._max_waiting",
+        "num_waiting >= self._max_waiting",
+        "num_waiting > self._max_waiting",
     ),
     "id that is taken is taken again": (histories, "if request.rid in self._by_rid:", "if False:"),
     "the device decodes an old batch": (
@@ -291,12 +286,32 @@ MUTANTS: dict[str, tuple] = {
         "is_new_batch, self._batch = rows != self._batch, rows",
         "is_new_batch, self._batch = len(rows) != len(self._batch), rows",
     ),
+    "a failed step leaves the cache": (
+        histories,
+        "if self.cache is not None and not keep:",
+        "if False:",
+    ),
+    "a reload forgets who runs": (histories, "live.is_mixed = live.num_computed > 0", "pass"),
+    "what different weights have computed is shared": (
+        histories,
+        "if self.cache is None or live.is_mixed:",
+        "if self.cache is None:",
+    ),
+    "what different weights have computed is kept": (
+        histories,
+        "self.cache is not None and not live.is_mixed:",
+        "self.cache is not None:",
+    ),
     "a failed step's state is used again": (
         histories,
         "self._is_state_lost = True",
         "self._is_state_lost = False",
     ),
-    "a recovery keeps steps in flight": (histories, "self._inflight.clear()", "pass"),
+    "a recovery keeps steps in flight": (
+        histories,
+        "self._inflight.clear()\n        self.scheduler.retract",
+        "self.scheduler.retract",
+    ),
     "the device decodes one token too many": (
         histories,
         "line[4] = len(request.prompt_ids) + request.max_new_tokens - 1",

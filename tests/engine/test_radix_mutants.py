@@ -92,6 +92,13 @@ MUTANTS = {  # pairs of a text in the source and what replaces it
         "        self.evict(self.total_pages)\n",
         "        self._roots.clear()\n",
     ),
+    "what is forgotten is matched": ("        self._roots = {}\n", ""),
+    "what is forgotten stays": ("            self._drop_forgotten(leaf)\n", "            pass\n"),
+    "the parents of what is forgotten stay": (
+        "            self._drop_pages(node, len(node.pages))\n",
+        "            self._drop_pages(node, len(node.pages))\n            return\n",
+    ),
+    "forgetting leaves what nobody uses": ("        self.evict(len(self._pages))\n", ""),
     "reset despite locks": ("        if self._protected_pages:\n", "        if False:\n"),
 }
 
