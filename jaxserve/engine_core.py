@@ -168,6 +168,7 @@ class EngineCore:
         step in flight. Who is in a row is computed anew later."""
         self.scheduler.retract_all()
         self._runner.release_state()
+        self._is_state_lost = False  # `restore_state` makes the next one
 
     def restore_state(self) -> None:
         self._plan_builder.reset()

@@ -173,6 +173,12 @@ def free_memory(device: jax.Device) -> int:
     return free_host_memory()
 
 
+def memory_in_use(device: jax.Device) -> int | None:
+    """Bytes of the device that arrays take; None where it does not tell."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats["bytes_in_use"] if stats and "bytes_in_use" in stats else None
+
+
 def free_host_memory() -> int:
     """Bytes; a system that does not tell has all it is asked for."""
     available = host_memory.available()

@@ -88,15 +88,15 @@ class Runner:
                 raise ValueError(f"weight {number}: {got} cannot take the place of {wanted}")
 
     def overwrite(self, number: int, make: Callable[[], jax.Array]) -> None:
-        """Frees a leaf before its successor is made, where there is no room for both. To be called
-        with no step in flight. If `make` raises, the leaf is gone."""
-        self._release_leaf(number)
+        """Lets go of a leaf before its successor is made, where there is no room for both. To be
+        called with no step in flight. If `make` raises, the leaf is gone."""
+        self._weights = (*self._weights[:number], None, *self._weights[number + 1 :])
         self.swap({number: make()})
 
     def release_weights(self) -> None:
-        """Gives their memory back; to be called with no step in flight."""
-        for number in range(len(self._weights)):
-            self._release_leaf(number)
+        """Lets go of them, with no step in flight: their memory is free unless somebody else, such
+        as a trainer in this process, holds them too."""
+        self._weights = (None,) * len(self._weights)
 
     def release_state(self) -> None:
         """Gives the KV cache's memory back, until `reset`."""
@@ -143,12 +143,6 @@ class Runner:
             tops=None if fresh.tops is None else np.asarray(fresh.tops),
             scores=np.concatenate(scores)[: fresh.num_scores] if scores else None,
         )
-
-    def _release_leaf(self, number: int) -> None:
-        leaf = self._weights[number]
-        self._weights = (*self._weights[:number], None, *self._weights[number + 1 :])
-        if leaf is not None:
-            leaf.delete()
 
     def _change_rows(self, plan: StepPlan) -> None:
         if plan.patch:

@@ -99,6 +99,7 @@ class ServingControl:
             "weight_reload": self._loader.way,
             "is_updating": self._update is not None,
             "last_update": self._last_update,
+            "device_bytes_in_use": self._loader.device_bytes_in_use(),
         }
 
     # New weights.

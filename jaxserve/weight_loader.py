@@ -86,6 +86,9 @@ class WeightLoader:
     def free_device_bytes(self) -> int:
         return memory_plan.free_memory(self._device)
 
+    def device_bytes_in_use(self) -> int | None:
+        return memory_plan.memory_in_use(self._device)
+
     def load(
         self, update: WeightUpdate, runner: Runner, on_bytes: Callable[[int], None]
     ) -> LoadedUpdate:

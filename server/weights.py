@@ -1,4 +1,5 @@
-"""Other weights while the server runs, and what trainers call around it."""
+"""Other weights while the server runs, and what trainers call around it. As what `control` has,
+not from another site's page."""
 
 import asyncio
 from typing import Any, get_args
@@ -9,9 +10,11 @@ from sanic.response import HTTPResponse
 from jaxserve import weight_request
 from jaxserve.errors import RequestError
 from jaxserve.server import bodies
+from jaxserve.server.control import refuse_other_sites
 from jaxserve.weight_request import Memory, PauseMode, WeightUpdate
 
 blueprint = Blueprint("weights")
+blueprint.on_request(refuse_other_sites)
 PATHS = {"/update_weights", "/update_weights_from_disk", "/update_weights_from_tensor"}
 
 

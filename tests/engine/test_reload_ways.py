@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from jaxserve import Engine, memory_plan
@@ -87,10 +88,10 @@ def test_old_leaf_is_freed_before_its_successor_is_placed(engine, way, other, mo
     runner, freed = engine._core._runner, []
 
     def overwrite(number, make, overwrite=runner.overwrite):
-        old = runner.weights[number]
+        before, size = device_bytes(), runner.weights[number].nbytes
 
         def make_and_look():
-            freed.append(old.is_deleted())
+            freed.append(before - device_bytes() == size)
             return make()
 
         overwrite(number, make_and_look)
@@ -98,6 +99,19 @@ def test_old_leaf_is_freed_before_its_successor_is_placed(engine, way, other, mo
     monkeypatch.setattr(runner, "overwrite", overwrite)
     engine.update_weights_from_disk(other)
     assert freed == [True] * (0 if way == "aside" else len(runner.weights))
+
+
+def device_bytes() -> int:
+    arrays = jax.live_arrays()
+    return sum(array.nbytes for array in arrays if array.sharding.memory_kind == "device")
+
+
+def test_arrays_that_a_trainer_holds_outlive_their_service(engine, other):
+    engine.update_weights_from_disk(other)
+    held = engine._core.weights[0]
+    values = np.array(held)
+    engine.update_weights_from_disk(DEMO_MODEL)
+    assert np.array_equal(np.asarray(held), values)
 
 
 def test_missing_memory_is_told_with_the_flag(engine, way, other, monkeypatch):

@@ -6,10 +6,12 @@ import time
 import httpx
 import pytest
 
+from jaxserve.server import weights
 from tests.engine.reloading import QUESTION
 from tests.server.serving import DEMO_MODEL, num_running, open_stream, wait_for
 from tests.server.trainee import ENDLESS, PARIS, ask, state, update
 
+ROUTES = weights.blueprint._future_routes
 pytestmark = pytest.mark.usefixtures("demo_weights")
 
 
@@ -154,6 +156,17 @@ def test_pause_and_continue_with_and_without_a_body(client, bodies):
         response = client.post("/continue_generation", content=bodies[1])
         assert response.json() == {"message": "Generation continued successfully.", "status": "ok"}
         assert answer.result(10)["text"] == PARIS
+    assert client.get("/ready").status_code == 200
+
+
+@pytest.mark.parametrize("path", sorted({route.uri for route in ROUTES}))
+def test_page_of_another_site_changes_nothing(client, path):
+    before = client.get("/model_info").json()
+    for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        response = client.post(f"/{path.strip('/')}", json={}, headers=headers)
+        assert response.status_code == 403
+        assert "is refused to pages of another origin" in response.json()["error"]["message"]
+    assert client.get("/model_info").json() == before
     assert client.get("/ready").status_code == 200
 
 
