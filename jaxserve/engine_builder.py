@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,14 @@ from jaxserve.plan_recorder import PlanRecorder, create_file
 from jaxserve.radix_cache import RadixCache
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
+from jaxserve.serving_state import ServingState
 from jaxserve.state import StateShape
 from jaxserve.step_log import StepLog
 from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizer_identity import TokenizerIdentity
+from jaxserve.weight_folder import Served
+from jaxserve.weight_loader import WeightLoader
+from jaxserve.weights_root import WeightsRoot, root_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +59,23 @@ class Sizes:
         )
 
 
-def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> EngineCore:
+def build_engine(
+    config: EngineConfig,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    params: Any = None,
+) -> EngineCore:
     """Everything that must be done before the first request.
+
+    Args:
+      params: weights in place of the checkpoint's: any tree with its names.
 
     Raises:
       FileNotFoundError, ValueError: the model or an option cannot be served; says why.
     """
     counter = CompileCounter()  # before anything is compiled
     try:
-        core = _build(config, clock, counter)
+        core = _build(config, clock, counter, params)
     except BaseException:
         counter.close()
         raise
@@ -69,7 +83,9 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
     return core
 
 
-def _build(config: EngineConfig, clock: Callable[[], float], counter: CompileCounter) -> EngineCore:
+def _build(
+    config: EngineConfig, clock: Callable[[], float], counter: CompileCounter, params: Any
+) -> EngineCore:
     start = clock()
     device = find_device(config)
     is_cpu = device.platform == "cpu"
@@ -84,20 +100,26 @@ def _build(config: EngineConfig, clock: Callable[[], float], counter: CompileCou
         sizes.bucket_growth,
         config.num_continuous_decode_steps,
     )
+    abstract = create_model(files.config)[1]
     memory = plan_memory(
         config,
         files.config,
-        weight_bytes=num_bytes(create_model(files.config)[1]),
+        weight_bytes=num_bytes(abstract),
         device_bytes=device_memory(device),
         max_rows=sizes.max_rows,
         is_cpu=is_cpu,
         state_bytes=_state_shape(config, files, sizes, buckets, num_pages=2).num_bytes,
     )
     logger.info("%s", memory)
-    model = files.load(config.load_format, config.random_seed or 0)
+    if params is None:
+        model = files.load(config.load_format, config.random_seed or 0)
+    else:
+        model = files.take(params)
     _log_kv_cache(memory)
     shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
     runner = build_runner(model, shape, buckets)
+    if not is_cpu:
+        memory.check_programs(runner.program_bytes)
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
         allocator,
@@ -143,14 +165,35 @@ def _build(config: EngineConfig, clock: Callable[[], float], counter: CompileCou
         header = _log_header(config, files, device, shape, buckets)
         recorder = PlanRecorder(log_file, header)
     log = StepLog(scheduler, config.decode_log_interval, clock)
-    return EngineCore(info, scheduler, plan_builder, runner, tokenizer, log, counter, recorder)
+    return EngineCore(
+        info,
+        scheduler,
+        plan_builder,
+        runner,
+        tokenizer,
+        log,
+        _weight_loader(config, files, abstract, memory, tokenizer_folder, device),
+        ServingState.of(config),
+        counter,
+        recorder,
+    )
 
 
 def build_runner(model, shape: StateShape, buckets: Buckets) -> Runner:
-    """Compiles every bucket. `model` is what `ModelFiles.load` returns."""
+    """Compiles every bucket. `model` is what `ModelFiles.load` returns. Raises ValueError where the
+    device has no room for the state or for compiling."""
     began = time.perf_counter()
-    runner = Runner(*model, shape, buckets, _report_compiled)
-    logger.info("Compiled in %.1f s.", time.perf_counter() - began)
+    try:
+        runner = Runner(*model, shape, buckets, _report_compiled)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"out of memory, lower --mem-fraction-static: {error}") from error
+    logger.info(
+        "Compiled in %.1f s. The programs need up to %.2f GB.",
+        time.perf_counter() - began,
+        runner.program_bytes / 1e9,
+    )
     return runner
 
 
@@ -172,6 +215,25 @@ def _state_shape(
         vocab_size=model.vocab_size,
         dtype=jnp.dtype(model.dtype),
     )
+
+
+def _weight_loader(
+    config: EngineConfig,
+    files: ModelFiles,
+    abstract,
+    memory: MemoryPlan,
+    tokenizer_folder: str | None,
+    device: jax.Device,
+) -> WeightLoader:
+    served = Served(
+        config=files.config,
+        context_length=config.context_length,
+        overrides=files.overrides,
+        tokenizer=TokenizerIdentity(tokenizer_folder) if tokenizer_folder else None,
+    )
+    root = WeightsRoot([config.weights_root or root_of(files.folder)], config.download_dir)
+    way, timeout = memory.weight_reload, config.weight_load_timeout
+    return WeightLoader(abstract, served, root, way, device, timeout)
 
 
 def _log_kv_cache(memory: MemoryPlan) -> None:
@@ -219,7 +281,7 @@ def _load_tokenizer(config: EngineConfig, model_folder: str) -> tuple[Tokenizer 
         return None, None
     folder = model_folder
     if config.tokenizer_path:
-        folder = hub.resolve(config.tokenizer_path, download_dir=config.download_dir)
+        folder = hub.resolve(config.tokenizer_path, {"tokenizer"}, download_dir=config.download_dir)
     return Tokenizer(folder), folder
 
 

@@ -17,9 +17,9 @@ import zmq
 
 from jaxserve import logs, messages
 from jaxserve.config import EngineConfig
+from jaxserve.errors import EngineDied
 
-logger = logging.getLogger(__name__)
-IDLE_POLL_MS = 1000
+logger = logging.getLogger("jaxserve.engine_process")  # whose __name__ is __main__
 
 
 def main() -> None:
@@ -40,6 +40,10 @@ def main() -> None:
         if core is not None:
             ending.callback(core.close)
             _serve(core, socket)
+    except Exception as error:
+        logger.exception("the engine failed")
+        socket.send(messages.encode(messages.EngineFailed(str(EngineDied.of(error)))))
+        sys.exit(1)
     finally:
         ending.close()
         socket.close(linger=1000)
@@ -60,6 +64,10 @@ def configure_jax(config: EngineConfig) -> None:
         os.environ["JAX_PLATFORMS"] = config.device
     # The memory plan divides what JAX may take; three quarters, its default, is for notebooks.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    # JAX would take its share of every device that it sees, and one is used: the first of those
+    # that the user lets us see.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     # XLA warns dozens of times per compile, of timers and of memory that the KV cache takes on
     # purpose; its errors are still shown.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -81,9 +89,11 @@ def _start(config: EngineConfig, socket: zmq.Socket):
 def _serve(core, socket: zmq.Socket) -> None:
     """The loop: take in all that has arrived, run a step, tell the news."""
     while True:
-        while socket.poll(0 if core.has_work else IDLE_POLL_MS):
+        while socket.poll(core.patience * 1000):
             for answer in core.handle(messages.decode_to_engine(socket.recv())):
                 socket.send(messages.encode(answer))
+        for news in core.settle():
+            socket.send(messages.encode(news))
         output = core.step()
         if output is not None and output.updates:
             socket.send(messages.encode(output))

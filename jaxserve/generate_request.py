@@ -138,13 +138,16 @@ def make_request(
             "Please provide input_ids or re-initialize the engine with skip_tokenizer_init=False.",
             param="stop" if sampling.stop else "text",
         )
-    ids = item.input_ids if item.input_ids is not None else tokenizer.encode(item.text)
+    ids = item.input_ids
+    if ids is None:
+        ids = _tokenize(item.text, tokenizer, info.context_length, allow_auto_truncate)
     if not ids:
         raise RequestError("input_ids cannot be empty.", param="input_ids")
     _check_vocabulary(ids, "input_ids", info.vocab_size)
     _check_vocabulary(sampling.stop_token_ids, "stop_token_ids", info.vocab_size)
     _check_bias(sampling, info.vocab_size)
-    ids = _fit(ids, item.asked_tokens, info, allow_auto_truncate)
+    name = "text" if item.input_ids is None else "input_ids"
+    ids = _fit(ids, name, item.asked_tokens, info, allow_auto_truncate)
     room = info.max_req_len - len(ids) - 1
     wanted = room if sampling.max_new_tokens is None else sampling.max_new_tokens
     seed = sampling.sampling_seed if sampling.sampling_seed is not None else default_seed
@@ -158,6 +161,22 @@ def make_request(
         seed=secrets.randbits(64) if seed is None else seed % 2**64,
         logprobs=item.logprobs and _logprob_params(item.logprobs, len(ids), info.vocab_size),
     )
+
+
+def _tokenize(text: str, tokenizer: Tokenizer, context: int, truncate: bool) -> list[int]:
+    """The ids of a text, or enough of them to tell that it is too long."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("text must be Unicode text", param="text") from error
+    beginning = tokenizer.beginning(text, context)
+    if len(beginning) < len(text) and not truncate:
+        raise RequestError(
+            f"The text ({len(text)} characters) is longer than the model's context length "
+            f"({context} tokens): its first {len(beginning)} characters alone have more tokens.",
+            param="text",
+        )
+    return tokenizer.encode(beginning)
 
 
 def samples_of(request: Request, count: int) -> list[Request]:
@@ -191,7 +210,9 @@ def _check_bias(sampling: SamplingParams, vocab_size: int) -> None:
             )
 
 
-def _fit(ids: list[int], asked: int | None, info: EngineInfo, truncate: bool) -> list[int]:
+def _fit(
+    ids: list[int], name: str, asked: int | None, info: EngineInfo, truncate: bool
+) -> list[int]:
     context = info.context_length
     longest = max(info.max_req_len - RESERVED, 1)
     if truncate:
@@ -200,13 +221,13 @@ def _fit(ids: list[int], asked: int | None, info: EngineInfo, truncate: bool) ->
         raise RequestError(
             f"The input ({len(ids)} tokens) is longer than the model's context length "
             f"({context} tokens).",
-            param="input_ids",
+            param=name,
         )
     if len(ids) > longest:
         raise RequestError(
             f"Input length ({len(ids)} tokens) exceeds the maximum allowed length "
             f"({longest} tokens). Use a shorter input or enable --allow-auto-truncate.",
-            param="input_ids",
+            param=name,
         )
     total = len(ids) + (asked or 0)
     if total > context:

@@ -68,7 +68,13 @@ class Reset(msgspec.Struct, frozen=True, tag="reset"):
     """A step failed; the state was made anew, and what was in flight is lost."""
 
 
-Record = Dispatched | Drawn | Reset
+class WeightsChanged(msgspec.Struct, frozen=True, tag="weights"):
+    """Other weights serve from the next step on."""
+
+    folder: str | None  # None: they were sent, and no folder has them
+
+
+Record = Dispatched | Drawn | Reset | WeightsChanged
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode

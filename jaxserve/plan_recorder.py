@@ -10,7 +10,16 @@ import threading
 from collections.abc import Sequence
 from typing import BinaryIO
 
-from jaxserve.plan_log import MAGIC, Dispatched, Drawn, Header, Reset, encode, is_plan_log
+from jaxserve.plan_log import (
+    MAGIC,
+    Dispatched,
+    Drawn,
+    Header,
+    Reset,
+    WeightsChanged,
+    encode,
+    is_plan_log,
+)
 from jaxserve.step_plan import StepPlan
 from jaxserve.step_result import Draws
 
@@ -71,6 +80,9 @@ class PlanRecorder:
     def reset(self) -> None:
         self._unread.clear()
         self._put(encode(Reset()))
+
+    def change_weights(self, folder: str | None) -> None:
+        self._put(encode(WeightsChanged(folder)))
 
     def close(self) -> None:
         """Writes what is left."""

@@ -5,15 +5,17 @@ Loads jax when it is called, not before: `--dump` needs none, and the device is 
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jaxserve
 from jaxserve import logs
 from jaxserve.config import EngineConfig
 from jaxserve.plan_dump import dump
-from jaxserve.plan_log import Dispatched, Drawn, Header, PlanLog, Record, Reset
+from jaxserve.plan_log import Dispatched, Drawn, Header, PlanLog, Record, Reset, WeightsChanged
 
 
 @dataclasses.dataclass
@@ -55,11 +57,17 @@ class Comparison:
         return counts if self.is_equal else f"{counts}\nfirst difference: {self.first_difference}"
 
 
-def compare(runner, records: Iterable[Record]) -> Comparison:
+def compare(
+    runner, records: Iterable[Record], load_weights: Callable[[str], list[Any]] | None = None
+) -> Comparison:
     """Gives the runner what the recorded one was given, in the same order.
 
+    Args:
+      load_weights: from a folder, the leaves of the parameters.
+
     Raises:
-      ValueError: a step is not one that this runner has programs for, or was never dispatched.
+      ValueError: a step is not one that this runner has programs for, or was never dispatched; or
+        the run got weights that cannot be had again.
     """
     comparison, unread = Comparison(), {}
     for record in records:
@@ -74,6 +82,10 @@ def compare(runner, records: Iterable[Record]) -> Comparison:
                 raise ValueError(f"the log tells of step {record.step}, but never had it executed")
             result = runner.read(unread.pop(record.step))
             comparison.add(record, Drawn.of(record.step, record.rows, result.drawn))
+        elif isinstance(record, WeightsChanged):
+            if record.folder is None or load_weights is None:
+                raise ValueError(f"{comparison}\nthen the run got weights that no folder has")
+            runner.swap(dict(enumerate(load_weights(record.folder))))
         elif isinstance(record, Reset):
             unread.clear()
             runner.reset()
@@ -111,6 +123,19 @@ def load_runner(log: PlanLog, config: EngineConfig):
         ) from error
     model = files.load(config.load_format, config.random_seed or 0)
     return build_runner(model, shape, header.buckets)
+
+
+def load_weights(config: EngineConfig, folder: str) -> list[Any]:
+    """The leaves of the parameters in another folder of the model of `config`.
+
+    Raises OSError, ValueError: they are not there, or do not fit.
+    """
+    import jax
+
+    from jaxserve.model_loader import ModelFiles
+
+    files = dataclasses.replace(ModelFiles.find(config), folder=folder)
+    return jax.tree.leaves(files.load("auto", seed=0)[1])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -164,7 +189,8 @@ def _replay(log: PlanLog, config: EngineConfig) -> int:
 
     logs.set_up(config.log_level)
     configure_jax(config)
-    comparison = compare(load_runner(log, config), log)
+    runner = load_runner(log, config)
+    comparison = compare(runner, log, functools.partial(load_weights, config))
     _warn_of_end(log)
     print(comparison)
     if not comparison.steps:

@@ -45,6 +45,11 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     status_code: int | None = None
     err_type: str | None = None
 
+    @classmethod
+    def internal_error(cls, message: str) -> "FinishReason":
+        """This request failed, through no fault of its caller."""
+        return cls("abort", message=message, status_code=500, err_type="InternalServerError")
+
     def to_json(self) -> dict[str, Any]:
         if self.type == "length":
             return {"type": "length", "length": self.length}

@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,10 @@ class Runner:
     ):
         """Compiles every bucket; calls `on_compiled(done, total)` after each."""
         leaves, treedef = jax.tree.flatten(params)
-        self._weights = tuple(leaves)
+        self._weights: tuple[jax.Array | None, ...] = tuple(leaves)
+        self.weight_specs = tuple(
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves
+        )
         self._shape = shape
         self._patch_width = PATCH_HEADER + shape.pages_per_row
         self._state = shape.create()
@@ -54,8 +57,56 @@ class Runner:
         jobs = _jobs(merge, self._weights, self._state, buckets, self._patch_width)
         self._programs = _compile_all(jobs, on_compiled)
 
+    @property
+    def program_bytes(self) -> int:
+        """Of the device's memory that the hungriest program takes while it runs, beside the
+        weights and the state."""
+        return max(_working_bytes(program) for program in self._programs.values())
+
+    @property
+    def weights(self) -> tuple[jax.Array | None, ...]:
+        """The leaves of the parameters, in the order of `jax.tree.leaves`; None where one was
+        released. No program takes them: whoever holds the tuple may read it from any thread."""
+        return self._weights
+
+    def swap(self, leaves: Mapping[int, jax.Array]) -> None:
+        """Puts others in the place of some leaves, or all. Nothing is compiled or copied; steps
+        in flight keep theirs.
+
+        Raises:
+          ValueError: one has another shape, dtype or sharding; nothing was changed.
+        """
+        self.check_leaves(leaves)
+        self._weights = tuple(leaves.get(i, leaf) for i, leaf in enumerate(self._weights))
+
+    def check_leaves(self, leaves: Mapping[int, jax.Array]) -> None:
+        """Raises ValueError for a leaf that has another shape, dtype or sharding than its own."""
+        for number, leaf in leaves.items():
+            spec = self.weight_specs[number]
+            got, wanted = ((x.shape, str(x.dtype), x.sharding) for x in (leaf, spec))
+            if got != wanted:
+                raise ValueError(f"weight {number}: {got} cannot take the place of {wanted}")
+
+    def overwrite(self, number: int, make: Callable[[], jax.Array]) -> None:
+        """Frees a leaf before its successor is made, where there is no room for both. To be called
+        with no step in flight. If `make` raises, the leaf is gone."""
+        self._release_leaf(number)
+        self.swap({number: make()})
+
+    def release_weights(self) -> None:
+        """Gives their memory back; to be called with no step in flight."""
+        for number in range(len(self._weights)):
+            self._release_leaf(number)
+
+    def release_state(self) -> None:
+        """Gives the KV cache's memory back, until `reset`."""
+        for leaf in jax.tree.leaves(self._state):
+            leaf.delete()
+
     def reset(self) -> None:
-        """A state without requests, after a step has failed and taken the donated one with it."""
+        """A state without requests: after a step has failed and taken the donated one with it."""
+        for leaf in jax.tree.leaves(self._state):
+            leaf.delete()  # what is left of it: there is no room for two
         self._state = self._shape.create()
 
     def release(self) -> None:
@@ -92,6 +143,12 @@ class Runner:
             tops=None if fresh.tops is None else np.asarray(fresh.tops),
             scores=np.concatenate(scores)[: fresh.num_scores] if scores else None,
         )
+
+    def _release_leaf(self, number: int) -> None:
+        leaf = self._weights[number]
+        self._weights = (*self._weights[:number], None, *self._weights[number + 1 :])
+        if leaf is not None:
+            leaf.delete()
 
     def _change_rows(self, plan: StepPlan) -> None:
         if plan.patch:
@@ -178,6 +235,14 @@ def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> d
                 function = partial(programs.decode, *model, sampler, rows, steps)
                 jobs["decode", sampler, rows, steps, True] = (function, (weights, state), (1,))
     return jobs
+
+
+def _working_bytes(program: jax.stages.Compiled) -> int:
+    stats = program.memory_analysis()
+    if stats is None:  # the backend does not tell
+        return 0
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.temp_size_in_bytes + max(fresh, 0)
 
 
 def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], None]):

@@ -1,8 +1,8 @@
-"""A device that keeps books, and the output of a request that is alone on it.
+"""A device that keeps books of what it has computed.
 
 It executes real step plans as `programs.py` does. In place of keys and values it keeps which
-tokens each slot of the cache was written for, and its tokens follow from what it reads: output
-that differs from a solo run, or a slot that holds anybody else's tokens, is a bug.
+tokens each slot of the cache was written for, by which weights, and its tokens follow from what it
+reads: output that differs from a solo run, or a slot that holds anything else, is a bug.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import dataclasses
 import numpy as np
 
 from jaxserve.live_request import LiveRequest
-from jaxserve.request import Request
 from jaxserve.step_plan import (
     KEEP,
     LAST_TOKEN,
@@ -29,16 +28,16 @@ EOS = 2
 NAMESPACES = ("", "other")
 
 
-def extend_chain(chain: list[int], token: int, namespace: str) -> None:
-    """One more token, as all that came before it make it out: keys and values."""
+def extend_chain(chain: list[int], token: int, namespace: str, version: int) -> None:
+    """One more token, as all that came before it and the weights make it out: keys and values."""
     before = chain[-1] if chain else NAMESPACES.index(namespace)
-    chain.append(hash((before, token)))
+    chain.append(hash((before, token, version)))
 
 
-def chain_of(tokens: list[int], namespace: str) -> list[int]:
+def chain_of(tokens: list[int], namespace: str, version: int) -> list[int]:
     chain: list[int] = []
     for token in tokens:
-        extend_chain(chain, token, namespace)
+        extend_chain(chain, token, namespace, version)
     return chain
 
 
@@ -56,23 +55,6 @@ def score_of(seen: int, token: int) -> float:
 
 def float_bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
-
-
-def solo(request: Request) -> tuple[list[int], str]:
-    """The output of a request that is alone, and the type of its end."""
-    chain, output = chain_of(request.prompt_ids, request.namespace), []
-    while True:
-        token = next_token(chain[-1])
-        if token is None:
-            return output, "abort"
-        if request.max_new_tokens == 0:
-            return output, "length"
-        output.append(token)
-        if token == EOS:
-            return output, "stop"
-        if len(output) == request.max_new_tokens:
-            return output, "length"
-        extend_chain(chain, token, request.namespace)
 
 
 @dataclasses.dataclass
@@ -94,6 +76,7 @@ class Device:
     def __init__(self, page_size: int, max_rows: int, pages_per_row: int, num_steps: int):
         self.page_size, self.max_rows, self.num_steps = page_size, max_rows, num_steps
         self.width = PATCH_HEADER + pages_per_row
+        self.version = 0  # of the weights
         self.reset()
 
     def reset(self) -> None:
@@ -103,9 +86,9 @@ class Device:
         self.out = [[(-1, -1, 0)] * (self.max_rows + 1) for _ in range(self.num_steps)]
         self.hidden: dict[int, int] = {}  # by index of a packed token: what has been seen there
 
-    def dispatch(self, plan: StepPlan, new_rows: list[LiveRequest]) -> StepResult:
+    def dispatch(self, plan: StepPlan, running: list[LiveRequest]) -> StepResult:
         if plan.patch:
-            self.patch(ints(plan.patch), {live.row: live for live in new_rows})
+            self.patch(ints(plan.patch), {live.row: live for live in running})
         self.copy(ints(plan.copies).reshape(-1, 3).tolist())
         if plan.kind == "extend":
             self.extend(plan)
@@ -124,7 +107,7 @@ class Device:
             scores=np.array(scores, np.int32) if scores else None,
         )
 
-    def patch(self, packed: np.ndarray, new_rows: dict[int, LiveRequest]) -> None:
+    def patch(self, packed: np.ndarray, running: dict[int, LiveRequest]) -> None:
         lines = packed[: -self.max_rows].reshape(-1, self.width)
         self.batch = packed[-self.max_rows :].tolist()
         for line in lines.tolist():
@@ -133,12 +116,11 @@ class Device:
             if index == self.max_rows:
                 assert finish == STOPPED and not any(line[PATCH_HEADER:])
                 continue
-            if live := new_rows.get(index):
+            if seq_len != KEEP:  # a request begins here, behind what it found in the cache
+                live = running[index]
                 assert seq_len < len(live.tokens), "one token at least is left to compute"
                 row.namespace = live.request.namespace
-                row.chain = chain_of(live.tokens[:seq_len], row.namespace)
-            else:
-                assert seq_len == KEEP
+                row.chain = chain_of(live.tokens[:seq_len], row.namespace, self.version)
             row.last_token = row.last_token if last_token == KEEP else last_token
             row.finish = row.finish if finish == KEEP else finish
             row.limit, row.stop_ids = limit, tuple(line[5:SAMPLING_START])
@@ -162,6 +144,7 @@ class Device:
         )
         work, sampling, start, starts = {}, [], 0, {}
         for row, length, samples_one in np.stack([rows, lengths, samples], axis=1).tolist():
+            assert row < self.max_rows or length == 0, "padding computes nothing"
             if row < self.max_rows and self.rows[row].finish == RUNNING:
                 assert row not in work
                 work[row] = tokens[start : start + length].tolist()
@@ -183,7 +166,7 @@ class Device:
             for token in tokens:
                 token = row.last_token if token == LAST_TOKEN else token
                 position = len(row.chain)
-                extend_chain(row.chain, token, row.namespace)
+                extend_chain(row.chain, token, row.namespace, self.version)
                 page = row.pages[position // self.page_size]
                 assert page > 0, "a page that the device was not told of"
                 self.slots[page, position % self.page_size] = position, row.chain[-1]

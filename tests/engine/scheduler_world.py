@@ -1,22 +1,26 @@
-"""A scheduler with its device as `EngineCore` runs them, and what must hold of them."""
+"""`EngineCore` with all it decides by, on a fake device, and what must hold of it at any time."""
 
 import collections
+import contextlib
 import dataclasses
-
-import numpy as np
-import pytest
+import itertools
+import types
 
 from jaxserve.buckets import Buckets
+from jaxserve.engine_core import MOST_FAILURES
 from jaxserve.live_request import LiveRequest, Schedule
-from jaxserve.page_allocator import PageAllocator
-from jaxserve.plan_builder import PlanBuilder
-from jaxserve.radix_cache import RadixCache
-from jaxserve.request import FinishReason, LogprobParams, Request, RequestUpdate
+from jaxserve.messages import AbortRequest, AddRequest, Call
+from jaxserve.request import LogprobParams, Request, RequestUpdate
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler import Scheduler
+from jaxserve.serving_state import ServingState
+from jaxserve.step_log import StepLog
 from jaxserve.step_plan import NUM_STOP_IDS
-from jaxserve.stop_checker import StopChecker
-from tests.engine.fake_device import EOS, NAMESPACES, Device, chain_of, score_of, solo
+from tests.engine import invariants
+from tests.engine.answer import Answer
+from tests.engine.fake_device import EOS, NAMESPACES, Device
+from tests.engine.fake_runner import FakeRunner, Fault
+from tests.engine.mutation import REAL, System
 
 FILLER_STOPS = tuple(range(900, 900 + NUM_STOP_IDS))  # leave the device no place for EOS
 
@@ -31,211 +35,274 @@ class Limits:
     policy: str
     cached: bool
     conservativeness: float
+    max_waiting: int | None
 
 
 class World:
-    """A scheduler with its device as `EngineCore` runs them, and what must hold of them."""
-
-    def __init__(self, limits: Limits, scheduler_type: type[Scheduler] = Scheduler):
-        self.limits = limits
-        self.allocator = PageAllocator(limits.num_pages + 1)
-        cache = RadixCache(limits.page_size, self.allocator) if limits.cached else None
-        self.scheduler = scheduler_type(
-            self.allocator,
-            cache,
-            page_size=limits.page_size,
-            max_rows=limits.max_rows,
-            max_prefill_tokens=limits.max_prefill_tokens,
-            num_decode_steps=limits.num_decode_steps,
-            policy=limits.policy,
-            conservativeness=limits.conservativeness,
-        )
-        buckets = Buckets.make(limits.max_rows, limits.max_prefill_tokens, growth=2)
-        self.builder = PlanBuilder(
-            buckets, max_rows=limits.max_rows, pages_per_row=limits.num_pages
-        )
+    def __init__(self, limits: Limits, seen: collections.Counter, system: System = REAL):
+        """`seen` counts what has happened, so that a test can tell whether everything did."""
+        self.limits, self.seen = limits, seen
+        self.scheduler = make_scheduler(limits, system)
         self.device = Device(
             limits.page_size, limits.max_rows, limits.num_pages, limits.num_decode_steps
         )
-        self.inflight: collections.deque = collections.deque()
-        self.requests: dict[str, Request] = {}
-        self.order: dict[str, tuple[int, int]] = {}
-        self.output: dict[str, list[int]] = {}
-        self.prompt_scores: dict[str, list[float]] = collections.defaultdict(list)
-        self.ended: dict[str, FinishReason] = {}
-        self.aborted: set[str] = set()
+        self.runner = FakeRunner(self.device, self.scheduler)
+        self.core = make_core(self, system)
+        self.answers: dict[str, Answer] = {}
+        self.arrivals = itertools.count()
+
+    @property
+    def inflight(self) -> list[Schedule]:
+        return [schedule for schedule, _ in self.core._inflight]
+
+    def alive(self) -> dict[str, Answer]:
+        return {rid: answer for rid, answer in self.answers.items() if answer.end is None}
 
     # What happens.
 
-    def submit(self, prompt: list[int], max_new_tokens: int, priority: int, kind: int) -> None:
+    def submit(
+        self, prompt: list[int], max_new_tokens: int, priority: int, kind: int, again: int = -1
+    ) -> None:
         """`kind` chooses a namespace, whether the device knows the stop token, and the prompt
-        position from which logprobs are asked for, if any."""
-        rid = "job" + len(self.requests) * "0"  # each the beginning of all that follow
-        stops = FILLER_STOPS if kind & 2 else ()
-        sampling = SamplingParams(stop_token_ids=stops)
-        namespace = NAMESPACES[kind & 1]
-        logprobs = LogprobParams(min(kind // 8, len(prompt))) if kind & 4 else None
-        request = Request(rid, prompt, sampling, max_new_tokens, 0, priority, namespace, logprobs)
-        room = self.limits.num_pages * self.limits.page_size
-        stop_checker = StopChecker(request, frozenset({EOS}), tokenizer=None)
-        if len(prompt) + max(max_new_tokens - 1, 0) > room:
-            with pytest.raises(ValueError, match="needs more pages"):
-                self.scheduler.add(request, stop_checker)
+        position from which logprobs are asked for, if any; `again` an id that was used before."""
+        rid = rid_of(len(self.answers) if again < 0 else again)
+        request = Request(
+            rid,
+            prompt,
+            SamplingParams(stop_token_ids=FILLER_STOPS if kind & 2 else ()),
+            max_new_tokens,
+            seed=0,
+            priority=priority,
+            namespace=NAMESPACES[kind & 1],
+            logprobs=LogprobParams(min(kind // 8, len(prompt))) if kind & 4 else None,
+        )
+        status = self.refusal_of(request)
+        news = [update for out in self.core.handle(AddRequest(request)) for update in out.updates]
+        if status is not None:
+            statuses = [(update.rid, update.finish_reason.status_code) for update in news]
+            assert statuses == [(rid, status)], "not refused"
+            self.seen[f"refused with {status}"] += 1
             return
-        self.scheduler.add(request, stop_checker)
-        self.order[rid] = -priority, len(self.requests)
-        self.requests[rid], self.output[rid] = request, []
+        assert not news
+        order = -priority, next(self.arrivals)
+        self.answers[rid] = Answer(request, order, self.device.version)
 
-    def dispatch(self) -> bool:
-        running = sorted(self.scheduler.running, key=self.order_of)
-        schedule = self.scheduler.schedule()
-        if running:
-            assert running[0] in self.scheduler.running, "the oldest was retracted"
-        if schedule is None:
-            assert self.inflight or self.scheduler.is_idle, "somebody waits for nothing"
-            return False
-        self.check_schedule(schedule)
-        out = self.device.dispatch(self.builder.build(schedule), schedule.new_rows)
-        self.inflight.append((schedule, out))
-        return True
-
-    def read(self) -> None:
-        schedule, out = self.inflight.popleft()
-        for update in self.scheduler.update(schedule, out):
-            self.take(update)
+    def refusal_of(self, request: Request) -> int | None:
+        """The status with which it must be refused."""
+        room = self.limits.num_pages * self.limits.page_size
+        if len(request.prompt_ids) + max(request.max_new_tokens - 1, 0) > room:
+            return 400
+        if request.rid in self.alive():
+            return 400
+        limit = self.limits.max_waiting
+        return 503 if limit is not None and len(self.scheduler.waiting) >= limit else None
 
     def step(self) -> None:
-        """As `EngineCore.step` does."""
-        is_dispatched = self.dispatch()
-        if self.inflight and not (is_dispatched and len(self.inflight) <= 1):
-            self.read()
+        output = self.core.step()
+        if output is None:
+            assert self.scheduler.is_idle, "somebody waits for nothing"
+            return
+        self.take(output.updates)
 
-    def abort(self, number: int) -> None:
-        rid = "job" + number * "0"
-        self.aborted.add(rid)
-        update = self.scheduler.abort(rid)
-        if rid not in self.requests or rid in self.ended:
-            assert update is None
-        else:
-            self.take(update)
+    def dispatch(self) -> None:
+        """One step further ahead than the engine runs."""
+        if not self.core._is_state_lost:
+            self.core._dispatch()
+
+    def read(self) -> None:
+        self.take(self.core._read())
+
+    def take(self, updates: list[RequestUpdate]) -> None:
+        for update in updates:
+            answer = self.answers[update.rid]
+            answer.take(update)
+            if (end := answer.end) is not None:
+                self.seen[f"ended by {end.type} {end.status_code or ''}".strip()] += 1
+                self.seen["used the cache"] += update.cached_tokens > 0
+                self.seen["retracted"] += update.num_retractions
+                self.seen["logprobs of a prompt"] += answer.num_scored > 0
+
+    def abort(self, rid: str) -> None:
+        answer = self.alive().get(rid)
+        is_running = rid in [live.request.rid for live in self.scheduler.running]
+        self.seen[f"aborted {'running' if is_running else 'waiting' if answer else 'gone'}"] += 1
+        if answer is not None:
+            answer.is_aborted = True
+        news = [update for out in self.core.handle(AbortRequest(rid)) for update in out.updates]
+        assert [update.rid for update in news] == [rid] * (answer is not None)
+        self.take(news)
+        assert rid not in self.alive()
 
     def flush(self) -> None:
-        is_idle = len(self.ended) == len(self.requests)
-        assert self.scheduler.flush() == is_idle
-        assert not is_idle or self.allocator.num_used == 0
+        is_idle = not self.alive()
+        (reply,) = self.core.handle(Call(0, "flush_cache"))
+        assert reply.value == is_idle
+        assert not is_idle or self.scheduler.allocator.num_used == 0
+        self.seen["flushed" if is_idle else "not flushed"] += 1
 
-    def fail(self, *, is_scheduled: bool) -> None:
-        """A step fails, before or after others are in flight."""
-        if is_scheduled and (schedule := self.scheduler.schedule()):
-            self.builder.build(schedule)
-        self.inflight.clear()
-        self.scheduler.retract_all()
-        self.builder.reset()
-        self.device.reset()
-        assert self.allocator.num_used == 0
+    def reload(self, way: str) -> None:
+        """Other weights, between two steps: those who run go on "in place" or begin anew; or the
+        weights "fail", and nothing changes."""
+        for output in self.core.drain():
+            self.take(output.updates)
+        if way == "retract":
+            self.scheduler.retract_all()
+        if way == "fail":
+            self.fail_to_reload()
+            return
+        computed = {live.request.rid: live.num_computed for live in self.scheduler.running}
+        self.core.change_weights(lambda runner: runner.change_weights())
+        for rid, answer in self.alive().items():
+            answer.change_weights(self.device.version, computed.get(rid, 0))
+        self.seen[f"reloaded {way} with {'some' if computed else 'none'} running"] += 1
+
+    def fail_to_reload(self) -> None:
+        def put(runner: FakeRunner) -> None:
+            raise Fault
+
+        cached = {id(node): tuple(node.pages) for node in invariants.nodes_of(self.scheduler)}
+        with contextlib.suppress(Fault):
+            self.core.change_weights(put)
+        assert cached == {
+            id(node): tuple(node.pages) for node in invariants.nodes_of(self.scheduler)
+        }
+        self.seen["reload failed"] += 1
+
+    def fail(self, place: str) -> None:
+        """A step fails, where it comes so far."""
+        self.runner.fault = place
+        self.step()
+        if self.runner.fault is None:
+            self.seen[f"failed at {place}"] += 1
+            assert not self.inflight and not self.scheduler.running
+            assert self.scheduler.allocator.num_used == 0, "what was computed is not trusted"
+        self.runner.fault = None
 
     def drain(self) -> None:
-        """Without new requests all end soon, and nothing is left of them."""
-        alive = [r for rid, r in self.requests.items() if rid not in self.ended]
-        tokens = sum(len(r.prompt_ids) + r.max_new_tokens + 2 for r in alive)
-        for _ in range(2 + tokens * (1 + len(alive))):
-            if self.scheduler.is_idle and not self.inflight:
+        """Without new requests all end soon, and nothing is left of them. Each step brings the
+        oldest further, and it is never retracted: it computes at most once more what it lost."""
+        requests = [answer.request for answer in self.alive().values()]
+        tokens = sum(len(r.prompt_ids) + r.max_new_tokens + 2 for r in requests)
+        for number in range(2 * tokens):
+            if not self.core.has_work:
                 break
             self.step()
+            if number % 8 == 0:
+                self.check()
         self.check()
-        assert set(self.ended) == set(self.requests), "not all have ended"
+        assert not self.alive(), "not all have ended"
         self.flush()
         self.check()
 
     # What must hold.
 
-    def order_of(self, live: LiveRequest) -> tuple[int, int]:
-        return self.order[live.request.rid]
-
-    def check_schedule(self, schedule: Schedule) -> None:
-        assert schedule.num_prompt_tokens <= self.limits.max_prefill_tokens
-        chunked = [chunk.live for chunk in schedule.chunks]
-        assert len(set(chunked)) == len(chunked) and set(chunked) <= set(self.scheduler.running)
-        assert schedule.num_steps == (self.limits.num_decode_steps if schedule.is_decode else 1)
-        if schedule.new_rows and self.limits.policy == "fcfs":
-            admitted = [self.order_of(live) for live in schedule.new_rows]
-            waiting = [self.order_of(live) for live in self.scheduler.waiting]
-            assert admitted == sorted(admitted), "who came first goes first"
-            assert not waiting or admitted[-1] < min(waiting)
-
-    def take(self, update: RequestUpdate) -> None:
-        rid, reason = update.rid, update.finish_reason
-        assert rid not in self.ended, "nothing comes after the end"
-        request = self.requests[rid]
-        self.output[rid] += update.token_ids
-        tokens, end = solo(request)
-        assert self.output[rid] == tokens[: len(self.output[rid])], "not the output of a solo run"
-        assert update.cached_tokens < len(request.prompt_ids)
-        self.take_logprobs(request, update)
-        if reason is None:
-            return
-        self.ended[rid] = reason
-        if reason.type == "abort" and reason.status_code is None:
-            assert rid in self.aborted
-        else:
-            assert self.output[rid] == tokens and reason.type == end
-
-    def take_logprobs(self, request: Request, update: RequestUpdate) -> None:
-        """Each is told once, in order, with the news of its token; those of the prompt first."""
-        if request.logprobs is None:
-            assert update.logprobs is None and update.prompt_logprobs is None
-            return
-        if update.prompt_logprobs is not None:
-            self.prompt_scores[request.rid] += update.prompt_logprobs.chosen
-        first = request.logprobs.start + 1
-        expected = self.scores_of(request.prompt_ids, first, request.namespace)
-        told = self.prompt_scores[request.rid]
-        assert told == expected[: len(told)]
-        if not update.token_ids:
-            return
-        assert told == expected, "tokens come after all logprobs of the prompt"
-        output = self.output[request.rid]
-        first = len(request.prompt_ids) + len(output) - len(update.token_ids)
-        tokens = [*request.prompt_ids, *output]
-        assert update.logprobs.chosen == self.scores_of(tokens, first, request.namespace)
-
-    @staticmethod
-    def scores_of(tokens: list[int], first: int, namespace: str) -> list[float]:
-        chain = chain_of(tokens, namespace)
-        return [score_of(chain[i - 1], tokens[i]) for i in range(first, len(tokens))]
-
     def check(self) -> None:
         scheduler = self.scheduler
         scheduler.check_integrity()
-        alive = [live.request.rid for live in (*scheduler.running, *scheduler.waiting)]
-        assert sorted(alive) == sorted(set(self.requests) - set(self.ended))
-        locks = collections.Counter()
-        for live in scheduler.running:
-            assert len(set(live.pages)) == len(live.pages) and live.num_committed <= len(
-                live.tokens
-            )
-            tokens = live.tokens[: live.num_committed]
-            self.check_content(tokens, live.request.namespace, live.pages)
-            node = live.node
-            while node is not None:
-                locks[id(node)] += 1
-                node = node.parent
-        if scheduler.cache is not None:
-            for node in scheduler.cache.nodes():
-                assert node.lock_count == locks[id(node)], "locked by who uses it, and no other"
-                self.check_content(*path_of(node))
+        lives = (*scheduler.running, *scheduler.waiting, *scheduler.held)
+        live = [one.request.rid for one in lives]
+        assert sorted(live) == sorted(self.alive()), "each is running, waiting or told of its end"
+        assert len(scheduler.running) <= self.limits.max_rows
+        invariants.pages_have_one_owner(scheduler)
+        invariants.locks_are_exact(scheduler)
+        invariants.requests_fit_their_pages(scheduler, self.limits.page_size)
+        invariants.pages_hold_what_requests_need(scheduler, self.device, self.chain_of)
+        invariants.pages_hold_what_the_tree_says(scheduler, self.device)
 
-    def check_content(self, tokens: list[int], namespace: str, pages: list[int]) -> None:
-        size = self.limits.page_size
-        for position, expected in enumerate(chain_of(tokens, namespace)):
-            slot = pages[position // size], position % size
-            assert self.device.slots.get(slot) == (position, expected), "not what it is kept for"
+    def chain_of(self, live: LiveRequest) -> list[int]:
+        return self.answers[live.request.rid].chain_of(live.num_committed)
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        assert schedule.num_prompt_tokens <= self.limits.max_prefill_tokens
+        assert schedule.num_steps == (self.limits.num_decode_steps if schedule.is_decode else 1)
+        assert schedule.chunks, "a step of nothing"
+        assert all(chunk.tokens or chunk.num_samples for chunk in schedule.chunks)
+        chunked = [chunk.live for chunk in schedule.chunks]
+        assert len(set(chunked)) == len(chunked) and set(chunked) <= set(self.scheduler.running)
+        for live in chunked:  # one token is drawn even where none is wanted
+            assert live.num_left >= min(live.request.max_new_tokens - 1, 0), "one token too many"
+        self.check_order(schedule.new_rows)
+        self.seen["copied a partial page"] += len(schedule.copies)
+        self.seen["several decode steps"] += schedule.num_steps > 1
+        self.seen["part of a prompt"] += any(not chunk.num_samples for chunk in schedule.chunks)
+        self.seen["decoded beside a prompt"] += len({bool(c.tokens) for c in schedule.chunks}) == 2
+
+    def check_order(self, new_rows: list[LiveRequest]) -> None:
+        admitted = [self.order_of(live) for live in new_rows]
+        waiting = [self.order_of(live) for live in self.scheduler.waiting]
+        if self.limits.policy == "lpm":  # by what is cached among those of one priority
+            admitted, waiting = ([order[0] for order in orders] for orders in (admitted, waiting))
+        if admitted:
+            assert admitted == sorted(admitted), "who came first goes first"
+            assert not waiting or admitted[-1] <= min(waiting), "nobody is overtaken"
+
+    def order_of(self, live: LiveRequest) -> tuple[int, int]:
+        return self.answers[live.request.rid].order
 
 
-def path_of(node) -> tuple[list[int], str, list[int]]:
-    """The tokens, namespace and pages from the root to the end of a cache's node."""
-    tokens, pages = b"", []
-    while node.parent is not None:
-        tokens, pages = node.tokens + tokens, node.pages + pages
-        node = node.parent
-    return np.frombuffer(tokens, np.int32).tolist(), node.namespace, pages
+def rid_of(number: int) -> str:
+    """Each is the beginning of all that follow."""
+    return "job" + number * "0"
+
+
+def make_scheduler(limits: Limits, system: System) -> Scheduler:
+    allocator = system.page_allocator.PageAllocator(limits.num_pages + 1)
+    cache = system.radix_cache.RadixCache(limits.page_size, allocator) if limits.cached else None
+    return system.scheduler.Scheduler(
+        allocator,
+        cache,
+        page_size=limits.page_size,
+        max_rows=limits.max_rows,
+        max_prefill_tokens=limits.max_prefill_tokens,
+        num_decode_steps=limits.num_decode_steps,
+        policy=limits.policy,
+        max_waiting=limits.max_waiting,
+        conservativeness=limits.conservativeness,
+    )
+
+
+def make_core(world: World, system: System):
+    """An `EngineCore` whose steps are looked at, and which recovers from `Fault` alone."""
+
+    class Core(system.engine_core.EngineCore):
+        def _dispatch(self) -> bool:
+            running = sorted(world.scheduler.running, key=world.order_of)
+            must_admit = not running and bool(world.scheduler.waiting)
+            is_dispatched = super()._dispatch()
+            for live in world.scheduler.running:
+                world.answers[live.request.rid].enter_row(live.epoch)
+            if running:
+                assert running[0] in world.scheduler.running, "the oldest was retracted"
+            if is_dispatched:
+                world.check_schedule(world.inflight[-1])
+            assert is_dispatched and world.inflight[-1].new_rows or not must_admit, "nobody runs"
+            return is_dispatched
+
+        def _read(self) -> list[RequestUpdate]:
+            world.seen["late result"] += any(c.is_stale for c in world.inflight[0].chunks)
+            return super()._read()
+
+        def _count_failure(self, error: Exception) -> None:
+            if not isinstance(error, Fault):
+                raise error
+            self._num_failures %= MOST_FAILURES - 1  # it never gives up
+            super()._count_failure(error)
+
+    limits = world.limits
+    buckets = Buckets.make(limits.max_rows, limits.max_prefill_tokens, growth=2)
+    builder = system.plan_builder.PlanBuilder(
+        buckets, max_rows=limits.max_rows, pages_per_row=limits.num_pages
+    )
+    info = types.SimpleNamespace(eos_token_ids=[EOS])  # all that a step asks of it
+    log = StepLog(world.scheduler, interval=40, clock=lambda: 0.0)
+    return Core(
+        info,
+        world.scheduler,
+        builder,
+        world.runner,
+        tokenizer=None,  # no step asks for it
+        log=log,
+        loader=types.SimpleNamespace(abstract=None),  # nor for this
+        state=ServingState("", "", weight_version=""),
+        compile_counter=None,
+    )

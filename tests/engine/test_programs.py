@@ -44,6 +44,10 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def compiled() -> Runner:
+    return make_runner()
+
+
+def make_runner(runner_type: type[Runner] = Runner) -> Runner:
     config = ModelConfig.from_dict(CONFIG)
     shape = StateShape(
         max_rows=MAX_ROWS,
@@ -69,7 +73,7 @@ def compiled() -> Runner:
         decode_steps=(1, NUM_STEPS),
         scores=4,
     )
-    return Runner(*create_model(config, key=jax.random.key(0)), shape, buckets)
+    return runner_type(*create_model(config, key=jax.random.key(0)), shape, buckets)
 
 
 @pytest.fixture
@@ -231,6 +235,18 @@ def test_copies_read_before_they_write(runner):
     np.testing.assert_array_equal(after[:, :, [6, 5]], before[:, :, [5, 6]])
 
 
+def test_donor_is_copied_before_its_next_owner_writes(runner):
+    """Eviction may give a page away in the very step that copies it."""
+    alone = run_greedy(runner, 1)
+    before = kv(runner)
+    both = patch(line(0, pages=[1]), line(1, seq_len=3, pages=[30, 31]))
+    out = execute(runner, extend({0: [7, 7, 7], 1: PROMPT[3:]}, both, copies([(1, 30, 3)])))
+    after = kv(runner)
+    assert not (after[:, :, 1] == before[:, :, 1]).all(), "the next owner has written"
+    np.testing.assert_allclose(after[:, :, 30:32], before[:, :, 1:3], rtol=1e-5, atol=1e-6)
+    assert out[0][1][0] == alone[0]
+
+
 def test_request_that_continues_a_copied_page_computes_the_same(runner):
     alone = run_greedy(runner, 3)
     again = patch(line(1, seq_len=4, pages=[1, 20, 21, 22]), batch=[1])
@@ -293,6 +309,22 @@ def test_pages_that_held_what_is_not_finite_can_be_used_again(runner):
     assert [out[0][0], *(execute(runner, decode())[0][0] for _ in range(2))] == [
         [token, RUNNING] for token in alone
     ]
+
+
+def test_padding_writes_to_the_trash_page_alone(runner):
+    lengths = {0: 3, 1: 2}
+    chunks = {row: PROMPT[:length] for row, length in lengths.items()}
+    execute(runner, extend(chunks, patch(line(0), line(1))))
+    together = kv(runner)
+    for row in lengths:
+        runner.reset()
+        execute(runner, extend({row: chunks[row]}, patch(line(row), batch=[row])))
+        page = 1 + row * PAGES_PER_ROW
+        alone = kv(runner)[:, :, page]
+        np.testing.assert_allclose(together[:, :, page], alone, rtol=1e-5, atol=1e-6)
+        together[:, :, page] = 0
+    assert not together[:, :, 1:].any()
+    assert together[:, :, 0].any(), "padding has been written"
 
 
 def test_trash_row_never_runs(runner):

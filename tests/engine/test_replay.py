@@ -1,5 +1,6 @@
 """A recorded run, executed again: token for token, or it is noticed."""
 
+import functools
 import itertools
 import json
 import pathlib
@@ -26,11 +27,13 @@ from jaxserve.plan_log import (
     PlanLog,
     Record,
     Reset,
+    WeightsChanged,
     encode,
 )
-from jaxserve.replay import Comparison, compare, load_runner
+from jaxserve.replay import Comparison, compare, load_runner, load_weights
 from jaxserve.step_plan import ints
 from jaxserve.tokenizer import Tokenizer
+from tests.engine.reloading import write_variant
 from tests.golden.cases import CASES
 from tests.golden.random_checkpoint import write_checkpoint
 from tests.server.serving import DEMO_MODEL, SMALL, programs_folder
@@ -116,9 +119,9 @@ def runner(path):
     jax.clear_caches()
 
 
-def replay(runner, records: list[Record]) -> Comparison:
+def replay(runner, records: list[Record], load=None) -> Comparison:
     runner.reset()
-    comparison = compare(runner, records)
+    comparison = compare(runner, records, load)
     print(comparison)
     return comparison
 
@@ -216,6 +219,16 @@ def test_left_out_copies_are_noticed(runner, records):
         for record in records
     ]
     assert not replay(runner, without).is_equal
+
+
+def test_run_with_other_weights_is_reproduced_from_their_folder(runner, header, records, tmp_path):
+    other = write_variant(tmp_path / "other")
+    load = functools.partial(load_weights, header.config)
+    with_other = replay(runner, [WeightsChanged(str(other)), *records], load)
+    assert with_other.equal_tokens < with_other.tokens
+    assert replay(runner, [WeightsChanged(DEMO_MODEL), *records], load).is_equal
+    with pytest.raises(ValueError, match="the run got weights that no folder has"):
+        replay(runner, [*records, WeightsChanged(None)], load)
 
 
 def test_step_without_a_program_is_an_error(runner, records):

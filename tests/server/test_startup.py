@@ -28,6 +28,8 @@ CANNOT_START = {
     "--preferred-sampling-params: top_p must be": {"preferred_sampling_params": '{"top_p": 7}'},
     "--record-plans /no/folder/log: No such file": {"record_plans": "/no/folder/log"},
     "cannot listen on no-such-host.invalid": {"host": "no-such-host.invalid"},
+    "cannot listen on no..host:": {"host": "no..host"},
+    "cannot listen on 192.0.2.1:": {"host": "192.0.2.1"},
 }
 
 
