@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[dict, dict | None]] = {
         {"top_num": 20},
     ),
 }
-LENGTHS = (1, 2, 5, 16, 17, 31, 40, 63, 64, 90)  # of prompts: at the edges of pages, and between
+LENGTHS = (1, 2, 5, 16, 17, 31, 40, 63, 64, 150)  # of prompts: at the edges of pages, and between
 
 
 def make(kind: str, prompt: list[int], *, rid: str, seed: int = 0, most: int = 10) -> Request:

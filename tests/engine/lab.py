@@ -138,13 +138,13 @@ class Lab:
         *,
         chunk: int | None = None,
         num_pages: int | None = None,
-        num_steps: int = 1,
+        num_steps: int | None = None,
         has_cache: bool = True,
         max_rows: int | None = None,
         policy: Policy = "fcfs",
         conservativeness: float = 1.0,  # 0 admits whoever's prompt there is room for
     ) -> EngineCore:
-        """None: as much as the runner has."""
+        """None: as much as the runner has, and its first number of decode steps."""
         setting = self.setting
         allocator = PageAllocator(num_pages or self.num_pages)
         scheduler = WatchedScheduler(
@@ -153,7 +153,7 @@ class Lab:
             page_size=setting.page_size,
             max_rows=max_rows or setting.max_rows,
             max_prefill_tokens=chunk or setting.most_chunk,
-            num_decode_steps=num_steps,
+            num_decode_steps=num_steps or setting.decode_steps[0],
             policy=policy,
             conservativeness=conservativeness,
         )
