@@ -112,7 +112,7 @@ class Runner:
     def release(self) -> None:
         """Lets go of weights, state and programs; nothing can be dispatched any more."""
         self._programs.clear()
-        self._weights, self._state = (), None
+        self._weights, self._state = (None,) * len(self._weights), None
 
     def dispatch(self, plan: StepPlan) -> Dispatched:
         """Enqueues one step; `read` waits for what it returns."""

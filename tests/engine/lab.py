@@ -1,33 +1,24 @@
-"""One compiled runner behind as many engines as a test wants.
+"""One compiled engine behind as many schedulers as a test wants.
 
 What costs is to compile. How many tokens a step may take, how many pages there are, whether
-prefixes are cached, how many steps a dispatch decodes: all that the scheduler decides on the host.
-So a lab compiles one runner, with more rows, pages and kinds of steps than any one engine needs,
-and an engine is a new scheduler in front of it. It has the device for itself until the next one is
-made, which finds in its pages what others have left there.
+prefixes are cached, how many rows run: all that the scheduler decides on the host. So a lab builds
+one engine, with more rows, pages and tokens in a step than a test needs, and a test puts another
+scheduler in front of its programs. That one finds in its pages what others have left there.
 """
 
 import dataclasses
 import itertools
-import time
-import types
 from collections.abc import Callable
 
-import jax.numpy as jnp
-
-from jaxserve.buckets import Buckets
-from jaxserve.compile_counter import CompileCounter
-from jaxserve.engine_core import EngineCore
+from jaxserve.config import EngineConfig
+from jaxserve.engine_builder import build_engine
 from jaxserve.live_request import Schedule
-from jaxserve.messages import AbortRequest, AddRequest, StepOutput
+from jaxserve.messages import AbortRequest, AddRequest, FromEngine, StepOutput
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.plan_builder import PlanBuilder
 from jaxserve.radix_cache import RadixCache
 from jaxserve.request import Request
-from jaxserve.runner import Runner
 from jaxserve.scheduler import Policy, Scheduler
-from jaxserve.state import StateShape
-from jaxserve.step_log import StepLog
 from tests.engine.oracle import MOST_TOKENS, Answer, Oracle
 
 MOST_CACHED = 32  # longest texts that the cache holds, so that nothing is evicted unasked
@@ -36,24 +27,24 @@ MOST_STEPS = 10_000  # more than any handful of short requests needs
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a runner is compiled for."""
+    """What an engine is compiled for."""
 
     model: str
     page_size: int
-    decode_rows: tuple[int, ...]
-    decode_steps: tuple[int, ...]
-
-    @property
-    def max_rows(self) -> int:
-        return self.decode_rows[-1]
+    max_rows: int
+    num_steps: int  # decode steps in one dispatch
 
     @property
     def most_chunk(self) -> int:
-        """Prompt tokens that fit into a step beside a decoding row each."""
+        """Prompt tokens in a step; with a decoding token of every row they fill a bucket."""
         return MOST_TOKENS - self.max_rows
 
+    @property
+    def pages_per_row(self) -> int:
+        return -(-MOST_TOKENS // self.page_size)
+
     def __str__(self) -> str:
-        return f"{self.model}-page{self.page_size}"
+        return f"{self.model}-page{self.page_size}-steps{self.num_steps}"
 
 
 class WatchedScheduler(Scheduler):
@@ -97,89 +88,71 @@ class WatchedScheduler(Scheduler):
 
 
 class Lab:
-    def __init__(self, setting: Setting, oracle: Oracle):
+    def __init__(self, setting: Setting, oracle: Oracle, programs_folder: str):
         self.setting, self.oracle = setting, oracle
-        self.pages_per_row = -(-MOST_TOKENS // setting.page_size)
-        self.num_pages = 1 + MOST_CACHED * self.pages_per_row
-        model = oracle.config
-        rows = (setting.max_rows,)
-        self._buckets = Buckets(
-            decode_rows=setting.decode_rows,
-            extend_rows=rows,
-            extend_tokens=(64, MOST_TOKENS),
-            patch_lines=rows,
-            copies=rows,
-            decode_steps=setting.decode_steps,
-            scores=64,
+        self._core = build_engine(
+            EngineConfig(
+                model_path=oracle.folder,
+                skip_tokenizer_init=True,
+                dtype="float32",
+                context_length=MOST_TOKENS,
+                page_size=setting.page_size,
+                max_running_requests=setting.max_rows,
+                chunked_prefill_size=setting.most_chunk,
+                max_total_tokens=MOST_CACHED * MOST_TOKENS,
+                num_continuous_decode_steps=setting.num_steps,
+                compilation_cache_dir=programs_folder,
+            )
         )
-        shape = StateShape(
-            max_rows=setting.max_rows,
-            pages_per_row=self.pages_per_row,
-            max_steps=max(setting.decode_steps),
-            max_tokens=MOST_TOKENS,
-            num_layers=model.num_layers,
-            num_pages=self.num_pages,
-            page_size=setting.page_size,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            hidden_size=model.hidden_size,
-            vocab_size=model.vocab_size,
-            dtype=jnp.dtype("float32"),
-        )
-        self._counter = CompileCounter()
-        self._runner = Runner(oracle.graphdef, oracle.params, shape, self._buckets)
 
     def release(self) -> None:
-        self._runner.release()
-        self._counter.close()
+        self._core.close()
+        self._core.release()
 
-    def engine(
+    def limit(
         self,
         *,
         chunk: int | None = None,
         num_pages: int | None = None,
-        num_steps: int | None = None,
         has_cache: bool = True,
         max_rows: int | None = None,
         policy: Policy = "fcfs",
         conservativeness: float = 1.0,  # 0 admits whoever's prompt there is room for
-    ) -> EngineCore:
-        """None: as much as the runner has, and its first number of decode steps."""
-        setting = self.setting
-        allocator = PageAllocator(num_pages or self.num_pages)
-        scheduler = WatchedScheduler(
+    ) -> WatchedScheduler:
+        """Puts a new scheduler in front of the programs. None: as much as they can do."""
+        setting, core = self.setting, self._core
+        core.drain()  # of a test that has failed
+        allocator = PageAllocator(num_pages or 1 + MOST_CACHED * setting.pages_per_row)
+        core.scheduler = WatchedScheduler(
             allocator,
             RadixCache(setting.page_size, allocator) if has_cache else None,
             page_size=setting.page_size,
             max_rows=max_rows or setting.max_rows,
             max_prefill_tokens=chunk or setting.most_chunk,
-            num_decode_steps=num_steps or setting.decode_steps[0],
+            num_decode_steps=setting.num_steps,
             policy=policy,
             conservativeness=conservativeness,
         )
-        plan_builder = PlanBuilder(
-            self._buckets, max_rows=setting.max_rows, pages_per_row=self.pages_per_row
+        core._plan_builder = PlanBuilder(
+            core._plan_builder._buckets,
+            max_rows=setting.max_rows,
+            pages_per_row=setting.pages_per_row,
         )
-        info = types.SimpleNamespace(eos_token_ids=self.oracle.config.eos_token_ids)
-        log = StepLog(scheduler, 1000, time.monotonic)
-        self._engine = EngineCore(
-            info, scheduler, plan_builder, self._runner, None, log, self._counter
-        )
-        return self._engine
+        return core.scheduler
 
     def pick(self, make: Callable[[int], Request]) -> Request:
-        """As `Oracle.pick`, asking an engine of its own."""
+        """As `Oracle.pick`; asks in front of a scheduler of its own."""
 
         def ask(request: Request) -> Answer:
+            self.limit(has_cache=False)
             answer = Answer(request)
-            self._run(self.engine(has_cache=False), {request.rid: answer}, [(0, request)], {})
+            self._run({request.rid: answer}, [(0, request)], {})
             return answer
 
         return self.oracle.pick(make, ask)
 
     def answer(
         self,
-        engine: EngineCore,
         requests: list[Request],
         *,
         arrivals: list[int] | None = None,
@@ -193,7 +166,7 @@ class Lab:
         """
         answers = {request.rid: Answer(request) for request in requests}
         coming = list(zip(arrivals or [0] * len(requests), requests, strict=True))
-        self._run(engine, answers, coming, aborts or {})
+        self._run(answers, coming, aborts or {})
         for answer in answers.values():
             if answer.finish_reason.type != "abort" or answer.request.rid not in (aborts or {}):
                 self.oracle.check(answer)
@@ -201,14 +174,13 @@ class Lab:
 
     def _run(
         self,
-        engine: EngineCore,
         answers: dict[str, Answer],
         coming: list[tuple[int, Request]],
         aborts: dict[str, int],
     ) -> None:
-        assert engine is self._engine, "another one has written to its pages"
+        core = self._core
 
-        def take(outputs: list[StepOutput]) -> None:
+        def take(outputs: list[FromEngine]) -> None:
             for output in outputs:
                 for update in output.updates:
                     answers[update.rid].take(update)
@@ -216,11 +188,10 @@ class Lab:
         for step in itertools.count():
             assert step < MOST_STEPS, "nothing gets on"
             for request in [request for when, request in coming if when == step]:
-                take(engine.handle(AddRequest(request)))
+                take(core.handle(AddRequest(request)))
             for rid in [rid for rid, when in aborts.items() if when == step]:
-                take(engine.handle(AbortRequest(rid)))
-            output = engine.step()
-            take([output] if output else [])
-            if not engine.has_work and step >= max(when for when, _ in coming):
+                take(core.handle(AbortRequest(rid)))
+            take([core.step() or StepOutput([])])
+            if not core.has_work and step >= max(when for when, _ in coming):
                 break
-        engine.scheduler.check_integrity()
+        core.scheduler.check_integrity()

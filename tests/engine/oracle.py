@@ -61,6 +61,7 @@ class Expected:
 
 class Oracle:
     def __init__(self, folder: str):
+        self.folder = folder
         self.config = dataclasses.replace(
             ModelConfig.from_pretrained(folder, None, {}), dtype="float32"
         )
