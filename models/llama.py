@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxserve.models.config import ModelConfig, flag
 from jaxserve.models.interface import Attend
-from jaxserve.models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm
+from jaxserve.models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, project
 from jaxserve.models.rope import Rope, rope_tables
 
 
@@ -81,4 +81,4 @@ class LlamaForCausalLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return jnp.einsum("bd,vd->bv", hidden, head.weight[...], preferred_element_type=jnp.float32)
+        return project(hidden, head.weight[...], jnp.float32)

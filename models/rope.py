@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
@@ -16,7 +17,8 @@ def rope_tables(config: ModelConfig, positions: Int32[Array, " T"]) -> Rope:
     """Cosines and sines of every position, once for all layers."""
     frequencies, scale = inverse_frequencies(config.rope, config.head_dim, config.context_length)
     angles = positions[:, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    # The barrier keeps XLA from computing them again wherever they are used.
+    return jax.lax.optimization_barrier((jnp.cos(angles) * scale, jnp.sin(angles) * scale))
 
 
 def apply_rope(x: Float[Array, "T N H"], rope: Rope) -> Float[Array, "T N H"]:

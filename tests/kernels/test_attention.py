@@ -126,7 +126,7 @@ def blocks_of(rows, num_rows, num_tokens) -> int:
 
 
 def test_cost_follows_the_tokens_that_are_there():
-    short, long = (1, 32), (1, 32 * 64)
+    short, long = (1, 64), (1, 64 * 64)
     assert blocks_of([short] * 16, 16, 16) == 16
     assert blocks_of([short] * 15 + [long], 16, 16) == 15 + 64, "not 16 times the longest"
     assert blocks_of([short] * 4, 16, 16) == 4, "padding rows cost nothing"
