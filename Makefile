@@ -14,7 +14,7 @@ ARGS ?=
 # The accelerator's runtime: cuda12, cuda13 or tpu.
 EXTRA ?=
 
-.PHONY: serve test lint check test-jax-oldest test-jax-newest clean help
+.PHONY: serve test lint check test-equality test-jax-oldest test-jax-newest clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -30,6 +30,10 @@ lint: $(VENV)/.installed-test
 
 check: $(VENV)/.installed-test
 	$(PYTHON) -m pytest $(ARGS)
+
+test-equality: $(VENV)/.installed-test  ## the whole equality matrix, some ten minutes on two cores
+	$(PYTHON) -m pytest -m 'matrix or not matrix' -rP $(ARGS) \
+		tests/engine/test_equality.py tests/server/test_equality.py
 
 test-jax-oldest:  ## the suite on the oldest JAX that is supported
 	$(MAKE) check VENV=.venv-jax-oldest JAX='jax==0.11.2 jaxlib==0.11.2 flax==0.12.10'

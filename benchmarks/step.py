@@ -22,7 +22,15 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import create_model
 from jaxserve.runner import Runner
 from jaxserve.state import StateShape
-from jaxserve.step_plan import KEEP, PATCH_HEADER, RUNNING, SAMPLING_START, StepPlan
+from jaxserve.step_plan import (
+    KEEP,
+    PATCH_HEADER,
+    RUNNING,
+    SAMPLERS,
+    SAMPLING_START,
+    Sampler,
+    StepPlan,
+)
 
 MODELS = {
     "tiny": {
@@ -73,12 +81,14 @@ class Bench:
             max_rows=rows,
             pages_per_row=CONTEXT_LENGTH // PAGE_SIZE,
             max_steps=num_steps,
+            max_tokens=max(extend, 1),
             num_layers=config.num_layers,
             num_pages=1 + rows * self.pages,
             page_size=PAGE_SIZE,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
             dtype=jnp.dtype(config.dtype),
         )
         buckets = Buckets(
@@ -87,6 +97,8 @@ class Bench:
             extend_tokens=(extend,) if extend else (),
             patch_lines=tuple(sorted({min(4, rows), rows})),
             copies=(1,),
+            decode_steps=(num_steps,),
+            scores=64,
         )
         graphdef, params = create_model(config, key=jax.random.key(0))
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -107,8 +119,10 @@ class Bench:
         packed[-self.rows :] = np.arange(self.rows)
         return packed.tobytes()
 
-    def decode(self, patch: bytes = b"") -> StepPlan:
-        return StepPlan(0, "decode", self.rows, self.rows, self.num_steps, "greedy", patch=patch)
+    def decode(self, patch: bytes = b"", sampler: Sampler = "greedy") -> StepPlan:
+        wants_tops = sampler == "full"
+        shape = self.rows, self.rows, self.num_steps
+        return StepPlan(0, "decode", *shape, sampler, patch=patch, wants_tops=wants_tops)
 
     def prefill(self) -> StepPlan:
         packed = np.zeros(3 * self.rows + self.extend, np.int32)
@@ -153,6 +167,10 @@ class Bench:
         ):
             times = [self.back_to_back(plans, ahead=ahead) for _ in range(4)]
             yield name, statistics.median(times[1:]), self.host(plans[-1])
+        for sampler in SAMPLERS[1:]:
+            plans = [self.decode(sampler=sampler)] * count
+            times = [self.back_to_back(plans, ahead=1) for _ in range(4)]
+            yield f"run ahead, {sampler} sampler", statistics.median(times[1:]), self.host(plans[0])
         if self.extend:
             times = []
             for _ in range(4):

@@ -12,13 +12,19 @@ if TYPE_CHECKING:
     from jaxserve.config import EngineConfig as EngineConfig
     from jaxserve.engine import Engine as Engine
     from jaxserve.request import SamplingParams as SamplingParams
+    from jaxserve.step import SamplingBatch as SamplingBatch
+    from jaxserve.step import StepOutput as StepOutput
+    from jaxserve.step import make_step as make_step
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "Engine": "jaxserve.engine",
     "EngineConfig": "jaxserve.config",
+    "SamplingBatch": "jaxserve.step",
     "SamplingParams": "jaxserve.request",
+    "StepOutput": "jaxserve.step",
+    "make_step": "jaxserve.step",
 }
 
 # A wheel carries models/, server/ and tpu/ inside this folder; a checkout has them beside it.

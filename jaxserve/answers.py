@@ -1,7 +1,7 @@
 """The answers to one call of generate, as its generations bring them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from jaxserve.generate_request import GenerateRequest
@@ -15,11 +15,10 @@ class Answers:
         self,
         parsed: GenerateRequest,
         generations: list[Generation],
-        meta: Mapping[str, Any],
         stream_interval: int,
     ):
         self.generations = generations
-        self._parsed, self._meta = parsed, meta
+        self._parsed = parsed
         self._interval = [
             g.request.sampling.stream_interval or stream_interval for g in generations
         ]
@@ -46,7 +45,9 @@ class Answers:
             if progress.finish_reason is not None:
                 self._open.discard(index)
             answer = generation.snapshot(
-                progress, self._meta, with_prompt_ids=self._parsed.return_prompt_token_ids
+                progress,
+                with_prompt_ids=self._parsed.return_prompt_token_ids,
+                with_logprob_text=self._parsed.return_text_in_logprobs,
             )
             if self._parsed.is_batch and self._parsed.stream:
                 answer["index"] = index

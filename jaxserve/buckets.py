@@ -14,9 +14,13 @@ class Buckets:
     extend_tokens: tuple[int, ...]
     patch_lines: tuple[int, ...]
     copies: tuple[int, ...]
+    decode_steps: tuple[int, ...]  # in one dispatch
+    scores: int  # prompt tokens that one program scores
 
     @classmethod
-    def make(cls, max_rows: int, max_prefill_tokens: int, growth: int) -> "Buckets":
+    def make(
+        cls, max_rows: int, max_prefill_tokens: int, growth: int, num_decode_steps: int = 1
+    ) -> "Buckets":
         """Sizes grow by the factor `growth` up to `max_rows` rows, and as many tokens as one
         prefill chunk and a decode token of every row. Where they grow fast, few programs are
         wanted above all, and extend steps are always padded to all rows."""
@@ -27,6 +31,11 @@ class Buckets:
             extend_tokens=_geometric(16, max_prefill_tokens + max_rows, growth),
             patch_lines=few,
             copies=few,
+            # The scheduler plans no other number: where anybody has a prompt left, the step is an
+            # extend step.
+            decode_steps=(num_decode_steps,),
+            # All their logits are there at once.
+            scores=256 if growth <= 2 else 64,
         )
 
     def extend_shapes(self) -> list[tuple[int, int]]:

@@ -55,7 +55,7 @@ class EngineClient(Frontend):
         self._process.stdin.write(msgspec.json.encode(config) + b"\n")
         self._process.stdin.flush()
         first = await self._first_message()
-        if isinstance(first, messages.StartFailed):
+        if isinstance(first, messages.StartFailed | messages.EngineFailed):
             raise ValueError(first.message)
         self.set_ready(first.info)
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
@@ -90,7 +90,13 @@ class EngineClient(Frontend):
 
     async def _receive(self) -> None:
         while True:
-            self.deliver(messages.decode_from_engine(await self._socket.recv()))
+            message = messages.decode_from_engine(await self._socket.recv())
+            if isinstance(message, messages.EngineFailed):
+                logger.error("%s", message.message)
+                self.die(EngineDied(message.message))
+                self.died.set()  # whether its process manages to end or not
+            else:
+                self.deliver(message)
 
     def _on_receive_end(self, task: asyncio.Task) -> None:
         """Nobody hears the engine any more: better to end than to let everybody wait."""

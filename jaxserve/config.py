@@ -68,6 +68,26 @@ class EngineConfig:
     weight_version: str = option(
         "default", group=MODEL, help="a label of the weights, reported in every meta_info"
     )
+    weight_reload: str = option(
+        "auto",
+        group=MODEL,
+        choices=("auto", "aside", "host", "in-place"),
+        help="where new weights are loaded to while the old ones serve: aside, room for a second "
+        "copy on the device, the shortest pause; host, its memory, and a pause to copy them; "
+        "in-place, nowhere: they are read over the old ones, and a file that cannot be read then "
+        "leaves no weights (auto: aside if they take under a fifth of the device, else host)",
+    )
+    weights_root: str | None = option(
+        None,
+        group=MODEL,
+        help="folder below which new weights may lie (default: the folder that holds the model's; "
+        "/ allows all)",
+    )
+    weight_load_timeout: float = option(
+        300.0,
+        group=MODEL,
+        help="seconds without a byte read after which a load of new weights is given up",
+    )
     random_seed: int | None = option(
         None, group=MODEL, help="of dummy weights and of requests without a sampling_seed"
     )
@@ -137,6 +157,12 @@ class EngineConfig:
         1, group=API, help="tokens from one event of a stream to the next"
     )
 
+    record_plans: str | None = option(
+        None,
+        group=LOGS,
+        help="write every step to this file, for `jaxserve replay`; it holds the prompts and "
+        "answers of all requests (mode 0600)",
+    )
     log_level: str = option(
         "info", group=LOGS, choices=("debug", "info", "warning", "error"), help="of all logs"
     )
@@ -170,7 +196,7 @@ class ServerConfig(EngineConfig):
         16 << 20, group=SERVER, help="largest body of a request, beyond it 413"
     )
     shutdown_timeout: float = option(
-        30.0, group=SERVER, help="seconds that running requests get to finish after SIGTERM"
+        30.0, group=SERVER, help="seconds that calls get to finish after SIGTERM"
     )
     log_requests: bool = option(False, group=LOGS, help="log every request's parameters and length")
 
@@ -190,6 +216,7 @@ _RANGES = (
     ("stream_interval", 1, _MOST),
     ("decode_log_interval", 1, _MOST),
     ("random_seed", 0, 2**63 - 1),
+    ("weight_load_timeout", 0.01, _MOST),
     ("port", 0, 65535),
     ("max_request_bytes", 1, _MOST),
     ("shutdown_timeout", 0, _MOST),

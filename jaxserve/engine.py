@@ -2,17 +2,25 @@
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
+
+import jax
 
 from jaxserve.answers import Answers
 from jaxserve.config import EngineConfig
 from jaxserve.engine_builder import build_engine
 from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
-from jaxserve.messages import ToEngine
+from jaxserve.messages import EngineInfo, ToEngine
+from jaxserve.models.fuse import Fuser
+from jaxserve.serving_state import ServingState
+from jaxserve.weight_request import InFlight, PauseMode, parse_disk_update
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -22,11 +30,12 @@ class Engine:
     engine.generate("The capital of France is", {"temperature": 0})["text"]
     """
 
-    def __init__(self, config: EngineConfig | None = None, **options: Any):
+    def __init__(self, config: EngineConfig | None = None, *, params: Any = None, **options: Any):
         """Loads the model and compiles its programs.
 
         Args:
           config: or its fields as keywords, `model_path` first of all.
+          params: weights in place of those in `model_path`, as `update_weights` takes them.
 
         Raises:
           FileNotFoundError, ValueError: the model or an option cannot be served; says why.
@@ -34,7 +43,8 @@ class Engine:
         config = EngineConfig(**options) if config is None else config
         self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         self._frontend = Frontend(config, self._inbox.put)
-        self._core = build_engine(config)
+        self._core = build_engine(config, params=params)
+        self._fuser = Fuser(self._core.abstract_params)
         self._frontend.set_ready(self._core.info, self._core.tokenizer)
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
         self._thread.start()
@@ -45,6 +55,11 @@ class Engine:
     def __exit__(self, *_: Any) -> None:
         self.shutdown()
 
+    @property
+    def info(self) -> EngineInfo:
+        """What it serves, and its limits."""
+        return self._core.info
+
     def generate(
         self,
         prompt: str | list[str] | None = None,
@@ -53,17 +68,22 @@ class Engine:
         input_ids: list[int] | list[list[int]] | None = None,
         rid: str | list[str] | None = None,
         stream: bool = False,
+        **fields: Any,
     ) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
         """Generates from one prompt or several, and blocks until the answer is there.
 
         With `stream`, returns an iterator of growing answers; those of a batch carry an "index".
+
+        Args:
+          fields: any other of /generate (`return_logprob`, `cache_salt`, ...).
 
         Raises:
           RequestError: the request cannot be served; the message names the field.
           EngineDied: the engine's thread has failed.
         """
         changed = threading.Event()
-        answers = self._submit(prompt, sampling_params, input_ids, rid, stream, changed.set)
+        body = _body(prompt, sampling_params, input_ids, rid, stream, fields)
+        answers = self._submit(body, changed.set)
         stream_of_answers = self._follow(answers, changed)
         next(stream_of_answers)
         return stream_of_answers if stream else answers.in_order(list(stream_of_answers))
@@ -76,6 +96,7 @@ class Engine:
         input_ids: list[int] | list[list[int]] | None = None,
         rid: str | list[str] | None = None,
         stream: bool = False,
+        **fields: Any,
     ) -> dict[str, Any] | list[dict[str, Any]] | AsyncIterator[dict[str, Any]]:
         """As `generate`, awaited; with `stream`, the awaited result is an asynchronous iterator."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
@@ -84,14 +105,8 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # the caller's loop is closed
                 loop.call_soon_threadsafe(changed.set)
 
-        answers = self._submit(
-            prompt,
-            sampling_params,
-            input_ids,
-            rid,
-            stream,
-            on_update,
-        )
+        body = _body(prompt, sampling_params, input_ids, rid, stream, fields)
+        answers = self._submit(body, on_update)
         stream_of_answers = self._follow_async(answers, changed)
         await anext(stream_of_answers)
         if stream:
@@ -102,44 +117,108 @@ class Engine:
         """Empties the prefix cache; False, and nothing done, while requests are running."""
         return self._frontend.call("flush_cache").result()
 
+    @property
+    def state(self) -> ServingState:
+        """Which weights serve, under which label, and whether anything is generated."""
+        return self._frontend.state
+
+    def update_weights_from_disk(self, model_path: str, **fields: Any) -> dict[str, Any]:
+        """Serves the weights in another folder, of the same model, from the next step on.
+
+        Args:
+          fields: any other of /update_weights_from_disk (`weight_version`, `in_flight`, ...).
+
+        Raises:
+          RequestError: they cannot be had, or are not of this model; nothing has changed.
+        """
+        update = parse_disk_update({"model_path": model_path, **fields})
+        return self._frontend.call("update_weights", **update.to_arguments()).result()
+
+    def update_weights(
+        self, params: Any, *, weight_version: str | None = None, in_flight: InFlight = "wait"
+    ) -> None:
+        """Serves the weights in a tree, from the next step on: no file, and nothing is compiled
+        but, at the first call, the one function that fuses what serving keeps fused.
+
+        The arrays themselves serve from then on, but for those that are fused, moved or cast: a
+        trainer that donates its parameters to its next step must hand over copies of them.
+
+        Args:
+          params: any tree with the checkpoint's names (nested dicts, an `nnx.State` or
+            `nnx.Module`, a flat dict), in any sharding; or what `make_step(...).prepare` returns.
+          weight_version: the label in `meta_info` from then on.
+          in_flight: what becomes of requests that run: "wait" lets them finish first, "abort" ends
+            them, "retract" computes them anew, "in_place" goes on with what they have computed.
+
+        Raises:
+          ValueError: the tree does not fit the model; nothing has changed.
+          RequestError: another update is under way.
+        """
+        leaves = jax.tree.leaves(self._fuser.fuse(params))
+        specs = self._core.weight_specs
+        placed = {
+            number: leaf if leaf.sharding == spec.sharding else jax.device_put(leaf, spec.sharding)
+            for number, (leaf, spec) in enumerate(zip(leaves, specs, strict=True))
+        }
+        arguments = {"in_flight": in_flight, "weight_version": weight_version}
+        self._frontend.call("swap_weights", leaves=placed, **arguments).result()
+
+    def weights(self) -> dict[str, jax.Array]:
+        """The tensors that serve, under the checkpoint's names and in its shapes.
+
+        Raises:
+          RuntimeError: their memory is released.
+        """
+        leaves = self._core.weights
+        if any(leaf is None for leaf in leaves):
+            raise RuntimeError("the weights are released")
+        treedef = jax.tree.structure(self._core.abstract_params)
+        return self._fuser.unfuse(jax.tree.unflatten(treedef, leaves))
+
+    def pause_generation(self, mode: PauseMode = "abort") -> None:
+        """Requests wait until `continue_generation`. Those that run end ("abort"), are computed
+        anew afterwards ("retract"), or stay as they are ("in_place")."""
+        self._frontend.call("pause_generation", mode=mode).result()
+
+    def continue_generation(self) -> None:
+        self._frontend.call("continue_generation").result()
+
     def shutdown(self) -> None:
-        """Ends the engine's thread; requests that are still running end with EngineDied."""
+        """Ends the engine's thread and frees its memory and programs; requests that are still
+        running end with EngineDied."""
         self._inbox.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         try:
             while self._take_messages():
+                for news in self._core.settle():
+                    self._frontend.deliver(news)
                 output = self._core.step()
                 if output is not None:
                     self._frontend.deliver(output)
             self._frontend.die(EngineDied("the engine was shut down"))
         except BaseException as error:
-            self._frontend.die(EngineDied(f"the engine failed: {type(error).__name__}: {error}"))
-            raise
+            self._frontend.die(EngineDied.of(error))
+            logger.exception("the engine failed")
+        finally:
+            self._core.close()
+            self._core.release()
 
     def _take_messages(self) -> bool:
         """Takes in what has arrived, waiting where there is nothing to run; False at the end."""
-        while not self._core.has_work or not self._inbox.empty():
-            message = self._inbox.get()
+        while True:
+            try:
+                message = self._inbox.get(timeout=self._core.patience)
+            except queue.Empty:
+                return True
             if message is None:
                 return False
             for answer in self._core.handle(message):
                 self._frontend.deliver(answer)
-        return True
 
-    def _submit(
-        self, prompt, sampling_params, input_ids, rid, stream, on_update: Callable[[], None]
-    ) -> Answers:
-        parsed, requests = self._frontend.prepare(
-            {
-                "text": prompt,
-                "input_ids": input_ids,
-                "sampling_params": sampling_params,
-                "rid": rid,
-                "stream": stream,
-            }
-        )
+    def _submit(self, body: dict[str, Any], on_update: Callable[[], None]) -> Answers:
+        parsed, requests = self._frontend.prepare(body)
         return self._frontend.submit(parsed, requests, on_update)
 
     def _follow(self, answers: Answers, changed: threading.Event) -> Iterator[dict[str, Any]]:
@@ -161,3 +240,15 @@ class Engine:
                 yield answer
         finally:
             self._frontend.abandon(answers)
+
+
+def _body(prompt, sampling_params, input_ids, rid, stream, fields) -> dict[str, Any]:
+    """The body that /generate would have."""
+    return {
+        **fields,
+        "text": prompt,
+        "input_ids": input_ids,
+        "sampling_params": sampling_params,
+        "rid": rid,
+        "stream": stream,
+    }

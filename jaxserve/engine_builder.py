@@ -2,14 +2,18 @@
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+import jaxserve
 from jaxserve import compilation_cache, hub
 from jaxserve.buckets import Buckets
+from jaxserve.compile_counter import CompileCounter
 from jaxserve.config import EngineConfig
 from jaxserve.engine_core import EngineCore
 from jaxserve.memory_plan import MemoryPlan, device_memory, pages_per_row, plan_memory
@@ -18,12 +22,19 @@ from jaxserve.model_loader import ModelFiles, num_bytes
 from jaxserve.models.registry import create_model
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.plan_builder import PlanBuilder
+from jaxserve.plan_log import VERSION, Header
+from jaxserve.plan_recorder import PlanRecorder, create_file
 from jaxserve.radix_cache import RadixCache
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
+from jaxserve.serving_state import ServingState
 from jaxserve.state import StateShape
 from jaxserve.step_log import StepLog
 from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizer_identity import TokenizerIdentity
+from jaxserve.weight_folder import Served
+from jaxserve.weight_loader import WeightLoader
+from jaxserve.weights_root import WeightsRoot, root_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,32 +59,67 @@ class Sizes:
         )
 
 
-def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> EngineCore:
+def build_engine(
+    config: EngineConfig,
+    clock: Callable[[], float] = time.monotonic,
+    *,
+    params: Any = None,
+) -> EngineCore:
     """Everything that must be done before the first request.
+
+    Args:
+      params: weights in place of the checkpoint's: any tree with its names.
 
     Raises:
       FileNotFoundError, ValueError: the model or an option cannot be served; says why.
     """
+    counter = CompileCounter()  # before anything is compiled
+    try:
+        core = _build(config, clock, counter, params)
+    except BaseException:
+        counter.close()
+        raise
+    counter.mark_ready()
+    return core
+
+
+def _build(
+    config: EngineConfig, clock: Callable[[], float], counter: CompileCounter, params: Any
+) -> EngineCore:
     start = clock()
-    device = _device(config)
+    device = find_device(config)
     is_cpu = device.platform == "cpu"
     compilation_cache.enable(config.compilation_cache_dir)
     files = ModelFiles.find(config)
+    log_file = create_file(config.record_plans) if config.record_plans else None
     tokenizer, tokenizer_folder = _load_tokenizer(config, files.folder)
     sizes = Sizes.of(config, is_cpu)
+    buckets = Buckets.make(
+        sizes.max_rows,
+        sizes.max_prefill_tokens,
+        sizes.bucket_growth,
+        config.num_continuous_decode_steps,
+    )
+    abstract = create_model(files.config)[1]
     memory = plan_memory(
         config,
         files.config,
-        weight_bytes=num_bytes(create_model(files.config)[1]),
+        weight_bytes=num_bytes(abstract),
         device_bytes=device_memory(device),
         max_rows=sizes.max_rows,
         is_cpu=is_cpu,
+        state_bytes=_state_shape(config, files, sizes, buckets, num_pages=2).num_bytes,
     )
     logger.info("%s", memory)
-    model = files.load(config.load_format, config.random_seed or 0)
-    buckets = Buckets.make(sizes.max_rows, sizes.max_prefill_tokens, sizes.bucket_growth)
-    width = pages_per_row(files.config.context_length, config.page_size)
-    runner = _build_runner(model, config, files, memory, sizes, buckets)
+    if params is None:
+        model = files.load(config.load_format, config.random_seed or 0)
+    else:
+        model = files.take(params)
+    _log_kv_cache(memory)
+    shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
+    runner = build_runner(model, shape, buckets)
+    if not is_cpu:
+        memory.check_programs(runner.program_bytes)
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
         allocator,
@@ -113,31 +159,84 @@ def build_engine(config: EngineConfig, clock: Callable[[], float] = time.monoton
         kv_cache_bytes=memory.kv_cache_bytes,
         startup_seconds=clock() - start,
     )
-    plan_builder = PlanBuilder(buckets, max_rows=sizes.max_rows, pages_per_row=width)
+    plan_builder = PlanBuilder(buckets, max_rows=sizes.max_rows, pages_per_row=shape.pages_per_row)
+    recorder = None
+    if log_file is not None:
+        header = _log_header(config, files, device, shape, buckets)
+        recorder = PlanRecorder(log_file, header)
     log = StepLog(scheduler, config.decode_log_interval, clock)
-    return EngineCore(info, scheduler, plan_builder, runner, tokenizer, log)
+    return EngineCore(
+        info,
+        scheduler,
+        plan_builder,
+        runner,
+        tokenizer,
+        log,
+        _weight_loader(config, files, abstract, memory, tokenizer_folder, device),
+        ServingState.of(config),
+        counter,
+        recorder,
+    )
 
 
-def _build_runner(
-    model,
+def build_runner(model, shape: StateShape, buckets: Buckets) -> Runner:
+    """Compiles every bucket. `model` is what `ModelFiles.load` returns. Raises ValueError where the
+    device has no room for the state or for compiling."""
+    began = time.perf_counter()
+    try:
+        runner = Runner(*model, shape, buckets, _report_compiled)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(f"out of memory, lower --mem-fraction-static: {error}") from error
+    logger.info(
+        "Compiled in %.1f s. The programs need up to %.2f GB.",
+        time.perf_counter() - began,
+        runner.program_bytes / 1e9,
+    )
+    return runner
+
+
+def _state_shape(
+    config: EngineConfig, files: ModelFiles, sizes: Sizes, buckets: Buckets, num_pages: int
+) -> StateShape:
+    model = files.config
+    return StateShape(
+        max_rows=sizes.max_rows,
+        pages_per_row=pages_per_row(model.context_length, config.page_size),
+        max_steps=config.num_continuous_decode_steps,
+        max_tokens=buckets.extend_tokens[-1],
+        num_layers=model.num_layers,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        dtype=jnp.dtype(model.dtype),
+    )
+
+
+def _weight_loader(
     config: EngineConfig,
     files: ModelFiles,
+    abstract,
     memory: MemoryPlan,
-    sizes: Sizes,
-    buckets: Buckets,
-) -> Runner:
-    shape = StateShape(
-        max_rows=sizes.max_rows,
-        pages_per_row=pages_per_row(files.config.context_length, memory.page_size),
-        max_steps=config.num_continuous_decode_steps,
-        num_layers=files.config.num_layers,
-        num_pages=memory.num_pages,
-        page_size=memory.page_size,
-        num_kv_heads=files.config.num_kv_heads,
-        head_dim=files.config.head_dim,
-        hidden_size=files.config.hidden_size,
-        dtype=jnp.dtype(files.config.dtype),
+    tokenizer_folder: str | None,
+    device: jax.Device,
+) -> WeightLoader:
+    served = Served(
+        config=files.config,
+        context_length=config.context_length,
+        overrides=files.overrides,
+        tokenizer=TokenizerIdentity(tokenizer_folder) if tokenizer_folder else None,
     )
+    root = WeightsRoot([config.weights_root or root_of(files.folder)], config.download_dir)
+    way, timeout = memory.weight_reload, config.weight_load_timeout
+    return WeightLoader(abstract, served, root, way, device, timeout)
+
+
+def _log_kv_cache(memory: MemoryPlan) -> None:
     half = memory.kv_cache_bytes / 2e9
     logger.info(
         "KV Cache is allocated. #tokens: %d, K size: %.2f GB, V size: %.2f GB",
@@ -145,13 +244,30 @@ def _build_runner(
         half,
         half,
     )
-    began = time.perf_counter()
-    runner = Runner(*model, shape, buckets, _report_compiled)
-    logger.info("Compiled in %.1f s.", time.perf_counter() - began)
-    return runner
 
 
-def _device(config: EngineConfig) -> jax.Device:
+def _log_header(
+    config: EngineConfig,
+    files: ModelFiles,
+    device: jax.Device,
+    shape: StateShape,
+    buckets: Buckets,
+) -> Header:
+    options = {name: getattr(config, name) for name in EngineConfig.__dataclass_fields__}
+    return Header(
+        version=VERSION,
+        jaxserve=jaxserve.__version__,
+        jax=jax.__version__,
+        device=device.device_kind,
+        config=EngineConfig(**options),  # of a server's no more than the engine knows
+        model_folder=os.path.abspath(files.folder),
+        model_digest=files.digest(config.load_format),
+        shape=dataclasses.asdict(shape) | {"dtype": str(shape.dtype)},
+        buckets=buckets,
+    )
+
+
+def find_device(config: EngineConfig) -> jax.Device:
     """Raises ValueError where JAX already runs elsewhere: it chooses once in a process's life."""
     device = jax.devices()[0]
     wanted = {"auto": device.platform, "cuda": "gpu"}.get(config.device, config.device)
@@ -165,7 +281,7 @@ def _load_tokenizer(config: EngineConfig, model_folder: str) -> tuple[Tokenizer 
         return None, None
     folder = model_folder
     if config.tokenizer_path:
-        folder = hub.resolve(config.tokenizer_path, download_dir=config.download_dir)
+        folder = hub.resolve(config.tokenizer_path, {"tokenizer"}, download_dir=config.download_dir)
     return Tokenizer(folder), folder
 
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import itertools
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 from jaxserve.answers import Answers
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineDied, RequestError
-from jaxserve.generate_request import GenerateRequest, make_request
+from jaxserve.generate_request import GenerateRequest, make_request, samples_of
 from jaxserve.generation import Generation
 from jaxserve.messages import (
     AbortRequest,
@@ -25,7 +26,10 @@ from jaxserve.messages import (
 )
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.serving_state import ServingState
 from jaxserve.tokenizer import Tokenizer
+
+NEWEST_SHARE = 0.2  # of the mean latency
 
 
 class Frontend:
@@ -37,6 +41,7 @@ class Frontend:
 
     def __init__(self, config: EngineConfig, send: Callable[[ToEngine], None]):
         self.config = config
+        self.state = ServingState.of(config)  # replaced as a whole
         self._send = send
         self._lock = threading.Lock()  # of what follows; never held while a caller is told
         self._live: dict[str, Generation] = {}
@@ -44,6 +49,7 @@ class Frontend:
         self._call_ids = itertools.count()
         self._preferred = _parse_preferred(config.preferred_sampling_params)
         self._died: EngineDied | None = None
+        self._latency = 0.0  # of late, in seconds
         self.last_progress = time.monotonic()  # when the engine was last heard of
         self.info: EngineInfo
         self.tokenizer: Tokenizer | None
@@ -59,9 +65,10 @@ class Frontend:
         return len(self._live)
 
     @property
-    def meta(self) -> dict[str, Any]:
-        """What every meta_info tells of the engine."""
-        return {"weight_version": self.config.weight_version}
+    def retry_after(self) -> int:
+        """Seconds until one of the live requests is expected to make room for another: by Little's
+        law as many end in the time that each takes as are live. At least 1."""
+        return max(math.ceil(self._latency / max(self.num_live, 1)), 1)
 
     def prepare(self, body: Any) -> tuple[GenerateRequest, list[Request]]:
         """Checks a body of /generate and tokenizes its prompts; touches no shared state.
@@ -70,8 +77,9 @@ class Frontend:
           RequestError: names the field.
         """
         parsed = GenerateRequest.parse(body, self._preferred)
-        requests = [
-            make_request(
+        requests = []
+        for item in parsed.items:
+            request = make_request(
                 item,
                 self.tokenizer,
                 self.info,
@@ -79,8 +87,7 @@ class Frontend:
                 use_priority=self.config.enable_priority_scheduling,
                 default_seed=self.config.random_seed,
             )
-            for item in parsed.items
-        ]
+            requests += samples_of(request, parsed.num_samples)
         return parsed, requests
 
     def submit(
@@ -92,20 +99,22 @@ class Frontend:
         """Sends all requests or, where one cannot be, none.
 
         Raises:
-          RequestError: an id is that of a live request.
+          RequestError: an id is that of a live request, or nothing can be generated now.
           EngineDied: nothing can be sent any more.
         """
         generations = [Generation(request, self.tokenizer, on_update) for request in requests]
         with self._lock:
             if self._died:
                 raise self._died
+            if refusal := self.state.refusal:
+                raise RequestError(refusal, status=503)
             for request in requests:
                 if request.rid in self._live:
                     raise RequestError(f"Duplicate request ID detected: {request.rid}", param="rid")
             self._live |= {generation.request.rid: generation for generation in generations}
             for request in requests:
                 self._send(AddRequest(request))
-        return Answers(parsed, generations, self.meta, self.config.stream_interval)
+        return Answers(parsed, generations, self.config.stream_interval)
 
     def abandon(self, answers: Answers) -> None:
         """Aborts what still runs of a call that nobody waits for any more."""
@@ -119,7 +128,8 @@ class Frontend:
             self._send(AbortRequest(rid))
 
     def call(self, operation: str, **arguments: Any) -> concurrent.futures.Future:
-        """A control operation of the engine; the future holds its value, or a RuntimeError."""
+        """A control operation of the engine; the future holds its value, a RequestError where it
+        cannot be done, or a RuntimeError."""
         future: concurrent.futures.Future = concurrent.futures.Future()
         with self._lock:
             if self._died:
@@ -137,20 +147,27 @@ class Frontend:
                 take = self._live.get if update.finish_reason is None else self._live.pop
                 generation = take(update.rid, None)
                 if generation is not None:
-                    generation.deliver(update)
+                    generation.deliver(update, self.state)
+                    if generation.is_complete:
+                        before = self._latency or generation.latency
+                        self._latency = before + NEWEST_SHARE * (generation.latency - before)
+        elif isinstance(message, ServingState):
+            self.state = message
         elif isinstance(message, Reply):
             future = self._calls.pop(message.call_id, None)
             if future is None or not future.set_running_or_notify_cancel():
                 pass  # whoever asked has left
             elif message.error is None:
                 future.set_result(message.value)
+            elif message.status is not None:
+                future.set_exception(RequestError(message.error, status=message.status))
             else:
                 future.set_exception(RuntimeError(message.error))
 
     def die(self, error: EngineDied) -> None:
         """Ends everything that waits for the engine."""
         with self._lock:
-            self._died = error
+            self._died = self._died or error  # the first one knows best
             generations, futures = list(self._live.values()), list(self._calls.values())
             self._live.clear()
             self._calls.clear()

@@ -6,10 +6,13 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from jaxserve.errors import RequestError
+from jaxserve.logprob_options import LogprobOptions, logprob_options
 from jaxserve.messages import EngineInfo
-from jaxserve.request import Request
-from jaxserve.sampling_params import SamplingParams
+from jaxserve.request import LogprobParams, Request
+from jaxserve.sampling_params import MOST_SAMPLES, SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
 MOST_RID_BYTES = 256
@@ -21,9 +24,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "image_data": (),
     "audio_data": (),
     "video_data": (),
-    "return_logprob": (False,),
-    "top_logprobs_num": (0,),
-    "token_ids_logprob": ([],),
     "return_hidden_states": (False,),
     "lora_path": (),
     "lora_id": (),
@@ -44,6 +44,7 @@ class Item:
     text: str | None
     input_ids: list[int] | None
     sampling: SamplingParams
+    logprobs: LogprobOptions | None = None
     asked_tokens: int | None = None  # max_new_tokens where the request itself names it
     priority: int = 0
     namespace: str = ""
@@ -53,10 +54,12 @@ class Item:
 class GenerateRequest:
     """A checked body. A batch is answered with a list, even a batch of one."""
 
-    items: list[Item]
+    items: list[Item]  # of `num_samples` answers each
+    num_samples: int
     is_batch: bool
     stream: bool
     return_prompt_token_ids: bool
+    return_text_in_logprobs: bool
 
     @classmethod
     def parse(
@@ -77,26 +80,39 @@ class GenerateRequest:
                 raise RequestError(f"{name} is not supported by this server yet", param=name)
         texts, ids, is_batch = _prompts(body)
         count = len(texts)
-        if count > most_items:
+        given = _spread(body.get("sampling_params"), count, is_batch)
+        merged = [_merge(preferred, own) for own in given]
+        num_samples = _num_samples(merged)
+        if count * num_samples > most_items:
+            what = "prompts" if num_samples == 1 else "answers (prompts times n)"
+            name = "input_ids" if body.get("text") is None else "text"
             raise RequestError(
-                f"at most {most_items} prompts in a request, got {count}",
-                param="input_ids" if body.get("text") is None else "text",
+                f"at most {most_items} {what} in a request, got {count * num_samples}",
+                param=name if num_samples == 1 else "n",
             )
-        parameters = _spread(body.get("sampling_params"), count, is_batch)
-        rids = _rids(body.get("rid"), count, is_batch)
+        rids = _rids(body.get("rid") if num_samples == 1 else None, count, is_batch)
+        logprobs = logprob_options(body, count, is_batch=is_batch, num_samples=num_samples)
         priority, namespace = _priority(body), _namespace(body)
-        items = []
-        for rid, text, prompt_ids, given in zip(rids, texts, ids, parameters, strict=True):
-            own = {} if given is None else given
-            merged = {**preferred, **own} if preferred and isinstance(own, Mapping) else own
-            sampling = SamplingParams.parse(merged)
-            asked = own.get("max_new_tokens")
-            items.append(Item(rid, text, prompt_ids, sampling, asked, priority, namespace))
+        items = [
+            Item(
+                rid=rids[i],
+                text=texts[i],
+                input_ids=ids[i],
+                sampling=SamplingParams.parse(merged[i]),
+                logprobs=logprobs[i],
+                asked_tokens=(given[i] or {}).get("max_new_tokens"),
+                priority=priority,
+                namespace=namespace,
+            )
+            for i in range(count)
+        ]
         return cls(
             items=items,
-            is_batch=is_batch,
+            num_samples=num_samples,
+            is_batch=is_batch or num_samples > 1,
             stream=_flag(body, "stream"),
             return_prompt_token_ids=_flag(body, "return_prompt_token_ids"),
+            return_text_in_logprobs=_flag(body, "return_text_in_logprobs"),
         )
 
 
@@ -122,12 +138,16 @@ def make_request(
             "Please provide input_ids or re-initialize the engine with skip_tokenizer_init=False.",
             param="stop" if sampling.stop else "text",
         )
-    ids = item.input_ids if item.input_ids is not None else tokenizer.encode(item.text)
+    ids = item.input_ids
+    if ids is None:
+        ids = _tokenize(item.text, tokenizer, info.context_length, allow_auto_truncate)
     if not ids:
         raise RequestError("input_ids cannot be empty.", param="input_ids")
     _check_vocabulary(ids, "input_ids", info.vocab_size)
     _check_vocabulary(sampling.stop_token_ids, "stop_token_ids", info.vocab_size)
-    ids = _fit(ids, item.asked_tokens, info, allow_auto_truncate)
+    _check_bias(sampling, info.vocab_size)
+    name = "text" if item.input_ids is None else "input_ids"
+    ids = _fit(ids, name, item.asked_tokens, info, allow_auto_truncate)
     room = info.max_req_len - len(ids) - 1
     wanted = room if sampling.max_new_tokens is None else sampling.max_new_tokens
     seed = sampling.sampling_seed if sampling.sampling_seed is not None else default_seed
@@ -139,10 +159,60 @@ def make_request(
         priority=item.priority if use_priority else 0,
         namespace=item.namespace,
         seed=secrets.randbits(64) if seed is None else seed % 2**64,
+        logprobs=item.logprobs and _logprob_params(item.logprobs, len(ids), info.vocab_size),
     )
 
 
-def _fit(ids: list[int], asked: int | None, info: EngineInfo, truncate: bool) -> list[int]:
+def _tokenize(text: str, tokenizer: Tokenizer, context: int, truncate: bool) -> list[int]:
+    """The ids of a text, or enough of them to tell that it is too long."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("text must be Unicode text", param="text") from error
+    beginning = tokenizer.beginning(text, context)
+    if len(beginning) < len(text) and not truncate:
+        raise RequestError(
+            f"The text ({len(text)} characters) is longer than the model's context length "
+            f"({context} tokens): its first {len(beginning)} characters alone have more tokens.",
+            param="text",
+        )
+    return tokenizer.encode(beginning)
+
+
+def samples_of(request: Request, count: int) -> list[Request]:
+    """So many requests from one, each with an id and a seed of its own."""
+    if count == 1:
+        return [request]
+    return [
+        msgspec.structs.replace(request, rid=uuid.uuid4().hex, seed=(request.seed + i) % 2**64)
+        for i in range(count)
+    ]
+
+
+def _logprob_params(options: LogprobOptions, num_tokens: int, vocab_size: int) -> LogprobParams:
+    _check_vocabulary(options.token_ids, "token_ids_logprob", vocab_size)
+    start = num_tokens if options.start < 0 else options.start
+    if start > num_tokens:
+        raise RequestError(
+            f"req.logprob_start_len={start} is higher than the number of input tokens {num_tokens}."
+            " Request with a lower logprob_start_len.",
+            param="logprob_start_len",
+        )
+    return LogprobParams(start, options.top_num, options.token_ids)
+
+
+def _check_bias(sampling: SamplingParams, vocab_size: int) -> None:
+    for token in sampling.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise RequestError(
+                f"logit_bias must has keys in [0, {vocab_size - 1}], got {token}.",
+                param="logit_bias",
+            )
+
+
+def _fit(
+    ids: list[int], name: str, asked: int | None, info: EngineInfo, truncate: bool
+) -> list[int]:
     context = info.context_length
     longest = max(info.max_req_len - RESERVED, 1)
     if truncate:
@@ -151,13 +221,13 @@ def _fit(ids: list[int], asked: int | None, info: EngineInfo, truncate: bool) ->
         raise RequestError(
             f"The input ({len(ids)} tokens) is longer than the model's context length "
             f"({context} tokens).",
-            param="input_ids",
+            param=name,
         )
     if len(ids) > longest:
         raise RequestError(
             f"Input length ({len(ids)} tokens) exceeds the maximum allowed length "
             f"({longest} tokens). Use a shorter input or enable --allow-auto-truncate.",
-            param="input_ids",
+            param=name,
         )
     total = len(ids) + (asked or 0)
     if total > context:
@@ -218,6 +288,27 @@ def _spread(given: Any, count: int, is_batch: bool) -> list[Any]:
             )
         return given
     return [given] * count
+
+
+def _merge(preferred: Mapping[str, Any] | None, given: Any) -> Any:
+    own = {} if given is None else given
+    return {**preferred, **own} if preferred and isinstance(own, Mapping) else own
+
+
+def _num_samples(parameters: list[Any]) -> int:
+    """The `n` of all prompts, which must be the same; counted before anything is made of it."""
+    counts = [p.get("n") or 1 for p in parameters if isinstance(p, Mapping)] or [1]
+    count = counts[0]
+    if counts.count(count) < len(counts):
+        raise RequestError(
+            "The parallel_sample_num should be the same for all samples in sample params.",
+            param="n",
+        )
+    if type(count) is not int or not 1 <= count <= MOST_SAMPLES:
+        raise RequestError(
+            f"n must be an integer from 1 to {MOST_SAMPLES}, got {count!r}.", param="n"
+        )
+    return count
 
 
 def _rids(given: Any, count: int, is_batch: bool) -> list[str]:

@@ -1,11 +1,14 @@
 """One request as its caller sees it: what has arrived, as text and meta_info."""
 
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxserve.detokenizer import Detokenizer, cut_at_stop, hold_back
+from jaxserve.logprob_record import LogprobRecord
 from jaxserve.request import FinishReason, Request, RequestUpdate
+from jaxserve.serving_state import ServingState
 from jaxserve.tokenizer import Tokenizer
 
 
@@ -17,6 +20,7 @@ class Progress(NamedTuple):
     finished: float = 0.0  # time.monotonic()
     cached_tokens: int = 0
     num_retractions: int = 0
+    weight_version: str = ""  # at the last update
 
 
 class Generation:
@@ -29,11 +33,14 @@ class Generation:
         self.request = request
         self.progress = Progress()
         self.error: Exception | None = None  # the engine died
-        self._output_ids: list[int] = []  # only ever extended
+        self._output_ids: list[int] = []  # only ever extended, as is what follows
+        self._eras: list[tuple[ServingState, int]] = []  # each one's first output token
+        self._logprobs = request.logprobs and LogprobRecord(request)
         self._on_update = on_update
         self._created = time.monotonic()
         self._first_sent: float | None = None
         self._num_shown = 0  # output ids that the detokenizer has seen
+        self._tokenizer = tokenizer
         self._text = tokenizer and Detokenizer(
             tokenizer,
             request.prompt_ids,
@@ -45,6 +52,17 @@ class Generation:
         return self.progress.finish_reason is not None or self.error is not None
 
     @property
+    def is_complete(self) -> bool:
+        """It has all that was asked for."""
+        reason = self.progress.finish_reason
+        return reason is not None and reason.type != "abort"
+
+    @property
+    def latency(self) -> float:
+        """Seconds that a finished request has taken."""
+        return self.progress.finished - self._created
+
+    @property
     def summary(self) -> str:
         """One line for a log: lengths, never the text."""
         progress = self.progress
@@ -54,14 +72,21 @@ class Generation:
             f"completion_tokens={progress.num_output}, finish_reason={reason}"
         )
 
-    def deliver(self, update: RequestUpdate) -> None:
+    def deliver(self, update: RequestUpdate, state: ServingState) -> None:
+        """Takes in a step's news, whose tokens were computed in this state of the engine."""
+        is_new_era = not self._eras or self._eras[-1][0] is not state
+        if update.token_ids and is_new_era:
+            self._eras.append((state, len(self._output_ids)))
         self._output_ids += update.token_ids
+        if self._logprobs is not None:
+            self._logprobs.extend(update)
         self.progress = Progress(
             num_output=len(self._output_ids),
             finish_reason=update.finish_reason,
             finished=time.monotonic(),
             cached_tokens=update.cached_tokens,
             num_retractions=update.num_retractions,
+            weight_version=state.weight_version,
         )
         self._on_update()
 
@@ -70,9 +95,13 @@ class Generation:
         self._on_update()
 
     def snapshot(
-        self, progress: Progress, meta: Mapping[str, Any], *, with_prompt_ids: bool = False
+        self,
+        progress: Progress,
+        *,
+        with_prompt_ids: bool = False,
+        with_logprob_text: bool = False,
     ) -> dict[str, Any]:
-        """The answer at `progress`, in the shape of /generate; `meta` goes into its meta_info.
+        """The answer at `progress`, in the shape of /generate.
 
         Text is cumulative and shows neither half a character nor a tail that may turn out to be
         the beginning of a stop string.
@@ -90,8 +119,9 @@ class Generation:
             "id": self.request.rid,
             "finish_reason": reason.to_json() if reason else None,
             "prompt_tokens": len(self.request.prompt_ids),
-            **meta,
+            "weight_version": progress.weight_version,
             "num_retractions": progress.num_retractions,
+            **self._logprob_fields(ids, with_logprob_text),
             "reasoning_tokens": 0,
             "completion_tokens": len(ids),
             "cached_tokens": progress.cached_tokens,
@@ -99,9 +129,30 @@ class Generation:
             "dp_rank": None,
         }
         if reason is not None:
+            answer["meta_info"]["weight_versions"] = self._weight_versions()
             answer["meta_info"]["e2e_latency"] = progress.finished - self._created
         answer["meta_info"]["response_sent_to_client_ts"] = self._first_sent
         return answer
+
+    def _weight_versions(self) -> list[dict[str, Any]]:
+        """Which weights computed which output tokens; two with the same label stay two spans."""
+        spans: list[dict[str, Any]] = []
+        for i, (state, start) in enumerate(self._eras):
+            later = self._eras[i + 1 :]
+            end = later[0][1] if later else len(self._output_ids)
+            if i and state.has_weights_of(self._eras[i - 1][0]):
+                spans[-1]["end"] = end
+            else:
+                spans.append({"version": state.weight_version, "start": start, "end": end})
+        return spans
+
+    def _logprob_fields(self, ids: list[int], with_text: bool) -> dict[str, Any]:
+        if self._logprobs is None:
+            return {}
+        decode = None
+        if with_text and self._tokenizer is not None:
+            decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
+        return self._logprobs.fields(ids, decode)
 
     def _visible_text(self, ids: list[int], reason: FinishReason | None) -> str:
         sampling, matched = self.request.sampling, reason.matched if reason else None

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from jaxserve.request import Request
+from jaxserve.request import LogprobParams, Request
+from jaxserve.step_plan import Sampler, sampler_of
 from jaxserve.stop_checker import StopChecker
 
 
@@ -27,9 +28,31 @@ class LiveRequest:
     num_computed: int = 0  # tokens whose keys and values dispatched steps have written
     num_inflight: int = 0  # tokens that dispatched steps sample and nobody has read yet
     prefill_len: int = 0  # tokens to compute before the first one is sampled
+    num_scored: int = 0  # tokens of the prompt whose logprobs are known, or not asked for
+    next_score: int = 0  # the first token of the prompt that no dispatched step scores
     epoch: int = 0  # of its stay in a row: what is read of an earlier one is dropped
     cached_tokens: int | None = None  # of the prompt, at its first admission
     num_retractions: int = 0
+    is_mixed: bool = False  # its pages hold what different weights have computed
+    sampler: Sampler = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sampler = sampler_of(self.request)
+        # What precedes the first token that is told of is not known to the caller: no logprob.
+        logprobs, num_prompt = self.request.logprobs, len(self.request.prompt_ids)
+        self.num_scored = num_prompt if logprobs is None else min(logprobs.start + 1, num_prompt)
+
+    @property
+    def logprobs(self) -> LogprobParams | None:
+        return self.request.logprobs
+
+    @property
+    def most_matched(self) -> int:
+        """Tokens that the prefix cache may give it: one at least is left to compute, and all that
+        logprobs need."""
+        if self.num_scored < len(self.request.prompt_ids):
+            return self.num_scored - 1
+        return len(self.tokens) - 1
 
     @property
     def num_output(self) -> int:
@@ -64,6 +87,9 @@ class Chunk:
     epoch: int
     tokens: list[int]  # to compute; none for the last sampled one
     num_samples: int  # tokens that the step gives it at most
+    start: int = 0  # of `tokens`, in the request
+    first_score: int = 0  # the first token of the prompt that the step scores
+    num_scores: int = 0
 
     @property
     def is_stale(self) -> bool:

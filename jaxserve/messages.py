@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 
 from jaxserve.request import Request, RequestUpdate
+from jaxserve.serving_state import ServingState
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add"):
@@ -61,6 +62,12 @@ class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
     message: str
 
 
+class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The engine's last words."""
+
+    message: str
+
+
 class StepOutput(msgspec.Struct, frozen=True, tag="step"):
     """One step's news of all its requests, in one message."""
 
@@ -71,9 +78,10 @@ class Reply(msgspec.Struct, frozen=True, tag="reply"):
     call_id: int
     value: Any = None
     error: str | None = None
+    status: int | None = None  # of an error that is the caller's
 
 
-FromEngine = Ready | StartFailed | StepOutput | Reply
+FromEngine = Ready | StartFailed | EngineFailed | StepOutput | ServingState | Reply
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -1,10 +1,14 @@
 """From a model's name to parameters on the device, with the log lines of a start."""
 
+import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import logging
+import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 import tqdm
@@ -12,12 +16,15 @@ from flax import nnx
 
 from jaxserve import hub
 from jaxserve.config import EngineConfig
+from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.fuse import Fuser
 from jaxserve.models.registry import create_model, random_params
-from jaxserve.models.weights import Checkpoint, ShardProgress, load_params
+from jaxserve.models.weights import ShardProgress, load_params
 
 logger = logging.getLogger(__name__)
 
+DIGEST_THREADS = 8  # hashing leaves the GIL
 SHARD_BAR = (
     "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} "
     "[{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
@@ -31,12 +38,16 @@ class ModelFiles:
     folder: str
     config: ModelConfig
     model_type: str
+    overrides: dict[str, Any]  # laid over config.json
 
     @classmethod
     def find(cls, config: EngineConfig) -> "ModelFiles":
         """Raises FileNotFoundError or ValueError where there is no such model, or none we serve."""
         folder = hub.resolve(
-            config.model_path, revision=config.revision, download_dir=config.download_dir
+            config.model_path,
+            needed_parts(config),
+            revision=config.revision,
+            download_dir=config.download_dir,
         )
         try:
             overrides = json.loads(config.json_model_override_args)
@@ -49,7 +60,7 @@ class ModelFiles:
             model = dataclasses.replace(model, dtype=config.dtype)
         with open(f"{folder}/config.json") as file:
             model_type = json.load(file).get("model_type", "")
-        return cls(folder, model, model_type)
+        return cls(folder, model, model_type, overrides)
 
     def load(self, load_format: str, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
         """Reads the checkpoint, or draws random weights where `load_format` is "dummy".
@@ -74,6 +85,29 @@ class ModelFiles:
         )
         return graphdef, params
 
+    def digest(self, load_format: str) -> str:
+        """Of config.json and the files that hold the weights, whatever their folder."""
+        paths = [pathlib.Path(self.folder, "config.json")]
+        if load_format != "dummy":
+            checkpoint = Checkpoint(self.folder)
+            paths += [file.path for file in checkpoint.files]
+            checkpoint.close()
+        with concurrent.futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
+            digests = pool.map(_sha256, paths)
+        lines = [f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True)]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def take(self, params: Any) -> tuple[nnx.GraphDef, nnx.State]:
+        """Weights that the program around us has, from any tree with the checkpoint's names.
+
+        Raises:
+          ValueError: it does not fit the model; names every difference.
+        """
+        graphdef, abstract = create_model(self.config)
+        fused = Fuser(abstract).fuse(params)
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return graphdef, jax.device_put(fused, device)
+
     def _read(self, abstract: nnx.State) -> nnx.State:
         checkpoint = Checkpoint(self.folder)
         bar = tqdm.tqdm(
@@ -97,6 +131,21 @@ class ModelFiles:
         finally:
             bar.close()
             checkpoint.close()
+
+
+def needed_parts(config: EngineConfig) -> set[hub.Part]:
+    """What a start reads of `model_path`."""
+    parts: set[hub.Part] = {"config"}
+    if config.load_format != "dummy":
+        parts.add("weights")
+    if not config.skip_tokenizer_init and not config.tokenizer_path:
+        parts.add("tokenizer")
+    return parts
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def num_bytes(params: nnx.State) -> int:

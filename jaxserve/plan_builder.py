@@ -9,13 +9,17 @@ from jaxserve.live_request import LiveRequest, PageCopy, Schedule
 from jaxserve.step_plan import (
     KEEP,
     LAST_TOKEN,
+    NUM_BANNED,
     NUM_STOP_IDS,
     PATCH_HEADER,
     RUNNING,
+    SAMPLERS,
     SAMPLING_START,
     STOPPED,
     Sampler,
     StepPlan,
+    has_extras,
+    pack_extras,
     pack_sampling,
 )
 
@@ -32,8 +36,8 @@ class PlanBuilder:
 
     def build(self, schedule: Schedule) -> StepPlan:
         rows = [chunk.live.row for chunk in schedule.chunks]
-        is_greedy = all(chunk.live.request.sampling.is_greedy for chunk in schedule.chunks)
-        sampler: Sampler = "greedy" if is_greedy else "plain"
+        samplers = {chunk.live.sampler for chunk in schedule.chunks}
+        sampler: Sampler = next(name for name in reversed(SAMPLERS) if name in samplers)
         if schedule.is_decode:
             num_rows = smallest(self._buckets.decode_rows, len(rows))
             is_new_batch, self._batch = rows != self._batch, rows
@@ -45,7 +49,10 @@ class PlanBuilder:
                 num_steps=schedule.num_steps,
                 sampler=sampler,
                 patch=self._pack_patch(schedule, is_new_batch),
+                extras=self._pack_extras(schedule),
+                counts=self._pack_counts(schedule),
                 copies=self._pack_copies(schedule.copies),
+                wants_tops=sampler == "full" and self._wants_tops(schedule),
             )
         num_tokens = sum(max(len(chunk.tokens), 1) for chunk in schedule.chunks)
         num_tokens, num_rows = self._buckets.fit(num_tokens, len(rows))
@@ -58,7 +65,11 @@ class PlanBuilder:
             sampler=sampler,
             forward=self._pack_forward(schedule, num_tokens, num_rows),
             patch=self._pack_patch(schedule, is_new_batch=False),
+            extras=self._pack_extras(schedule),
+            counts=self._pack_counts(schedule),
             copies=self._pack_copies(schedule.copies),
+            scores=self._pack_scores(schedule),
+            wants_tops=sampler == "full" and self._wants_tops(schedule),
         )
 
     def reset(self) -> None:
@@ -110,6 +121,40 @@ class PlanBuilder:
         line[0], line[3] = self._max_rows, STOPPED
         line[5:SAMPLING_START] = -1
         return line
+
+    @staticmethod
+    def _pack_extras(schedule: Schedule) -> bytes:
+        return b"".join(
+            pack_extras(live.row, live.request, live.stop_checker.stop_ids[:NUM_BANNED]).tobytes()
+            for live in schedule.new_rows
+            if has_extras(live.request)
+        )
+
+    @staticmethod
+    def _pack_counts(schedule: Schedule) -> bytes:
+        packed: list[int] = []
+        for live in schedule.new_rows:
+            if live.request.sampling.counts_tokens:
+                output = live.tokens[len(live.request.prompt_ids) :]
+                packed += [live.row, len(output), *output]
+        return np.array(packed, np.int32).tobytes()
+
+    @staticmethod
+    def _pack_scores(schedule: Schedule) -> bytes:
+        packed: list[tuple[int, int, int]] = []
+        offset = 0  # of the chunk among the packed tokens
+        for chunk in schedule.chunks:
+            live, first = chunk.live, chunk.first_score
+            targets = range(first, first + chunk.num_scores)
+            before = offset - chunk.start - 1  # where the token before the first one would be
+            packed += [(before + target, live.tokens[target], live.row) for target in targets]
+            offset += max(len(chunk.tokens), 1)
+        return np.array(packed, np.int32).tobytes()
+
+    @staticmethod
+    def _wants_tops(schedule: Schedule) -> bool:
+        asked = (chunk.live.logprobs for chunk in schedule.chunks)
+        return any(logprobs is not None and logprobs.wants_tops for logprobs in asked)
 
     def _pack_copies(self, copies: list[PageCopy]) -> bytes:
         """Padding copies nothing of the trash page to the trash page."""

@@ -53,8 +53,18 @@ def patch(num_lines: int, state: State, upload: Int32[Array, " packed"]) -> Stat
         stop_ids=put(state.stop_ids, lines[:, 5:SAMPLING_START]),
         sampling=put(state.sampling, lines[:, SAMPLING_START:PATCH_HEADER]),
         page_table=put(state.page_table, lines[:, PATCH_HEADER:]),
-        batch=upload[-max_rows:],
+        batch=_overwrite(state.batch, upload[-max_rows:]),
     )
+
+
+def set_extras(state: State, upload: Int32[Array, "P line"]) -> State:
+    """Rewrites lines of extras: `StepPlan.extras`."""
+    return dataclasses.replace(state, extras=state.extras.at[upload[:, 0]].set(upload[:, 1:]))
+
+
+def set_counts(state: State, upload: Int32[Array, " packed"]) -> State:
+    """Rewrites the counts of the row that comes first in `upload`."""
+    return dataclasses.replace(state, counts=state.counts.at[upload[0]].set(upload[1:]))
 
 
 def copy_pages(state: State, upload: Int32[Array, "C 3"]) -> State:
@@ -116,18 +126,48 @@ def extend(
     )
     trash = len(state.batch)
     sampling_rows = jnp.where(is_running & (samples > 0), rows, trash)
+    padding = (0, trash - num_rows)
     return dataclasses.replace(
         state,
         seq_len=state.seq_len.at[rows].add(jnp.where(is_running, lengths, 0)),
-        hidden=state.hidden.at[rows].set(hidden[jnp.maximum(ends - 1, 0)]),
-        sampling_rows=jnp.pad(sampling_rows, (0, trash - num_rows), constant_values=trash),
+        hidden=jax.lax.dynamic_update_slice(state.hidden, hidden, (0, 0)),
+        sampling_rows=_overwrite(
+            state.sampling_rows, jnp.pad(sampling_rows, padding, constant_values=trash)
+        ),
+        sampling_tokens=_overwrite(
+            state.sampling_tokens, jnp.pad(jnp.maximum(ends - 1, 0), padding)
+        ),
     )
 
 
 def sample(merge: Merge, sampler: Sampler, num_rows: int, weights: Weights, state: State) -> State:
     """Gives each of an extend step's sampling rows its next token."""
     rows = state.sampling_rows[:num_rows]
-    return _sample_rows(merge(weights), sampler, state, rows, state.hidden[rows], jnp.int32(0))
+    hidden = state.hidden[state.sampling_tokens[:num_rows]]
+    return _sample_rows(merge(weights), sampler, state, rows, hidden, jnp.int32(0))
+
+
+def score(
+    merge: Merge,
+    wants_tops: bool,
+    weights: Weights,
+    state: State,
+    upload: Int32[Array, "S 3"],
+) -> Int32[Array, "S scores"]:
+    """Logprobs of prompt tokens after an extend step: of each line of `StepPlan.scores` the
+    logprob as float bits and, where wanted, a line of tops. Changes nothing.
+
+    The scores are the model's own: no temperature, bias or penalty.
+    """
+    tokens, targets, rows = upload.T
+    logprobs = jax.nn.log_softmax(merge(weights).logits(state.hidden[tokens]), axis=-1)
+    chosen = sampling_ops.logprobs_of(logprobs, targets)
+    packed = jax.lax.bitcast_convert_type(chosen, jnp.int32)[:, None]
+    if not wants_tops:
+        return packed
+    has_extras = sampling_ops.Rows.unpack(state.sampling[rows]).has_extras
+    extras = sampling_ops.Extras.unpack(state.extras[rows], has_extras)
+    return jnp.concatenate([packed, sampling_ops.pack_tops(logprobs, extras.probe_ids)], axis=1)
 
 
 def decode(
@@ -171,9 +211,15 @@ def decode(
     return jax.lax.fori_loop(0, num_steps, one, state)
 
 
-def peek(out: Int32[Array, "K rows C"]) -> Int32[Array, "K rows C"]:
+def peek(leaf: Int32[Array, "K rows C"]) -> Int32[Array, "K rows C"]:
     """A fresh copy: a donated array cannot be read once the next program has taken it."""
-    return out + 0
+    return leaf + 0
+
+
+def _overwrite(old: Int32[Array, " R"], new: Int32[Array, " R"]) -> Int32[Array, " R"]:
+    """`new`, where `old` is. A leaf that is replaced unread would be no argument of the program:
+    its buffer would go to another leaf of its shape, addresses would change, graphs be patched."""
+    return jax.lax.dynamic_update_slice(old, new, (0,))
 
 
 def _run_model(
@@ -202,20 +248,52 @@ def _sample_rows(
 ) -> State:
     """Draws the next token of each row and decides whether it was its last."""
     logits: Float[Array, "B V"] = model.logits(hidden)
-    if sampler == "greedy":
-        tokens = sampling_ops.greedy(logits)
-    else:
-        tokens = sampling_ops.sample(logits, state.sampling[rows], state.seq_len[rows])
+    is_finite = jnp.isfinite(logits).all(axis=-1)
+    tokens, logprobs, state = SAMPLE[sampler](logits, state, rows, step)
     is_stop = (tokens[:, None] == state.stop_ids[rows]).any(axis=-1)
     finish = jnp.select(
-        [~jnp.isfinite(logits).all(axis=-1), is_stop, state.seq_len[rows] >= state.limit[rows]],
+        [~is_finite, is_stop, state.seq_len[rows] >= state.limit[rows]],
         [NOT_FINITE, STOPPED, OUT_OF_LENGTH],
         RUNNING,
     ).astype(jnp.int32)
     finish = jnp.where(rows == len(state.batch), STOPPED, finish)  # the trash row never runs
+    bits = jax.lax.bitcast_convert_type(logprobs, jnp.int32)
     return dataclasses.replace(
         state,
         last_token=state.last_token.at[rows].set(tokens),
         finish=state.finish.at[rows].set(finish),
-        out=state.out.at[step, rows].set(jnp.stack([tokens, finish], axis=-1)),
+        out=state.out.at[step, rows].set(jnp.stack([tokens, finish, bits], axis=-1)),
     )
+
+
+def _greedy(logits, state: State, rows, step):
+    """Tokens; no logprobs, but zeros."""
+    tokens = sampling_ops.greedy(logits)
+    return tokens, jnp.zeros(len(tokens), jnp.float32), state
+
+
+def _plain(logits, state: State, rows, step):
+    sampling = sampling_ops.Rows.unpack(state.sampling[rows])
+    scaled = sampling_ops.scale(logits, sampling)
+    tokens = sampling_ops.draw(scaled, sampling, state.seq_len[rows])
+    logprobs = jax.nn.log_softmax(scaled, axis=-1)
+    return tokens, sampling_ops.logprobs_of(logprobs, tokens), state
+
+
+def _full(logits, state: State, rows, step):
+    """As `_plain`, with every option; counts what it has drawn."""
+    sampling, positions = sampling_ops.Rows.unpack(state.sampling[rows]), state.seq_len[rows]
+    extras = sampling_ops.Extras.unpack(state.extras[rows], sampling.has_extras)
+    logits = sampling_ops.adjust(logits, state.counts[rows], sampling, extras, positions)
+    scaled = sampling_ops.scale(logits, sampling)
+    tokens = sampling_ops.draw(sampling_ops.keep_top(scaled, sampling), sampling, positions)
+    logprobs = jax.nn.log_softmax(scaled, axis=-1)
+    state = dataclasses.replace(
+        state,
+        counts=state.counts.at[rows, tokens].add(1),
+        tops=state.tops.at[step, rows].set(sampling_ops.pack_tops(logprobs, extras.probe_ids)),
+    )
+    return tokens, sampling_ops.logprobs_of(logprobs, tokens), state
+
+
+SAMPLE = {"greedy": _greedy, "plain": _plain, "full": _full}

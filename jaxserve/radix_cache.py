@@ -56,6 +56,7 @@ class RadixCache:
         self.allocator = allocator
         self._page_bytes = page_size * TOKEN_BYTES
         self._roots: dict[Hashable, Node] = {}  # of the namespaces that have any pages
+        self._old_roots: set[Node] = set()  # forgotten, with pages that were in use then
         self._pages: set[int] = set()  # all pages in the tree
         self._protected_pages = 0
         # All unlocked nodes, the least recently used first. A child comes before its parent, so
@@ -147,6 +148,8 @@ class RadixCache:
                 self._unlocked[node] = None
                 self._protected_pages -= len(node.pages)
             node = node.parent
+        if self._old_roots:
+            self._drop_forgotten(leaf)
         if leaf.parent is not None:
             self._drop_covered_tail(leaf.parent, self._index(leaf))
 
@@ -165,9 +168,16 @@ class RadixCache:
             raise ValueError(f"{self._protected_pages} pages are in use")
         self.evict(self.total_pages)
 
+    def forget(self) -> None:
+        """Nothing that is cached now is matched any more: other weights have computed it. Its
+        pages are freed, those that are locked as soon as they are not."""
+        self.evict(len(self._pages))
+        self._old_roots.update(self._roots.values())
+        self._roots = {}
+
     def nodes(self) -> Iterator[Node]:
         """All nodes but the roots, parents before their children."""
-        todo = list(self._roots.values())
+        todo = [*self._roots.values(), *self._old_roots]
         while todo:
             node = todo.pop()
             todo += node.children
@@ -178,10 +188,12 @@ class RadixCache:
         nodes = list(self.nodes())
         for node in nodes:
             self._check_node(node)
-        for parent in [*self._roots.values(), *nodes]:
+        for parent in [*self._roots.values(), *self._old_roots, *nodes]:
             assert len(parent.keys) == len(parent.children)
             assert all(a < b for a, b in pairwise(parent.keys)), "sorted, and no two alike"
-        assert all(root.children for root in self._roots.values()), "empty trees are let go"
+        roots = [*self._roots.values(), *self._old_roots]
+        assert all(root.children for root in roots), "empty trees are let go"
+        assert all(node.lock_count for root in self._old_roots for node in root.children)
         pages = [page for node in nodes for page in node.pages]
         assert sorted(pages) == sorted(self._pages), "each page is in one node"
         assert all(0 < page < self.allocator.num_pages for page in pages)
@@ -283,11 +295,25 @@ class RadixCache:
             index = self._index(leaf)
             del parent.keys[index], parent.children[index], self._unlocked[leaf]
             leaf.parent = None
-            if parent.parent is None and not parent.children:
+            if parent in self._old_roots and not parent.children:
+                self._old_roots.remove(parent)
+            elif parent.parent is None and not parent.children:
                 del self._roots[parent.namespace]
         self._pages.difference_update(dropped)
         self.allocator.free(dropped)
         return count
+
+    def _drop_forgotten(self, node: Node) -> None:
+        """Drops the node and its ancestors, as far as no lock keeps them, if they are old."""
+        path = [node]
+        while path[-1].parent is not None:
+            path.append(path[-1].parent)
+        if path.pop() not in self._old_roots:
+            return
+        for node in path:
+            if node.children or node.lock_count:
+                return
+            self._drop_pages(node, len(node.pages))
 
     def _index(self, node: Node) -> int:
         """Its place among its siblings, or where it belongs."""

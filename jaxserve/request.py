@@ -6,6 +6,21 @@ import msgspec
 
 from jaxserve.sampling_params import SamplingParams as SamplingParams
 
+MOST_TOP_LOGPROBS = 20
+MOST_LOGPROB_IDS = 128
+
+
+class LogprobParams(msgspec.Struct, frozen=True):
+    """Which logprobs a request asks for, beside those of its own output."""
+
+    start: int  # the first prompt position that is told of; the prompt's length for none
+    top_num: int = 0  # most likely tokens at each position
+    token_ids: tuple[int, ...] = ()  # told of at each position
+
+    @property
+    def wants_tops(self) -> bool:
+        return self.top_num > 0 or bool(self.token_ids)
+
 
 class Request(msgspec.Struct, frozen=True):
     """A checked request: ids within the vocabulary, lengths within the context."""
@@ -17,6 +32,7 @@ class Request(msgspec.Struct, frozen=True):
     seed: int  # 64 bits
     priority: int = 0  # higher goes first
     namespace: str = ""  # requests of different ones share nothing that is cached
+    logprobs: LogprobParams | None = None  # none are asked for
 
 
 class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -28,6 +44,11 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str | None = None
     status_code: int | None = None
     err_type: str | None = None
+
+    @classmethod
+    def internal_error(cls, message: str) -> "FinishReason":
+        """This request failed, through no fault of its caller."""
+        return cls("abort", message=message, status_code=500, err_type="InternalServerError")
 
     def to_json(self) -> dict[str, Any]:
         if self.type == "length":
@@ -42,7 +63,15 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
         }
 
 
-class RequestUpdate(msgspec.Struct, frozen=True):
+class Logprobs(msgspec.Struct, frozen=True):
+    """Of consecutive tokens; the lists that were not asked for stay empty."""
+
+    chosen: list[float]  # of each token itself
+    tops: list[list[tuple[float, int]]] = []  # of the most likely ones, with their ids
+    probes: list[list[float]] = []  # of `LogprobParams.token_ids`
+
+
+class RequestUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     """The tokens that one step added to a request, and its end if it has come."""
 
     rid: str
@@ -50,3 +79,5 @@ class RequestUpdate(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     num_retractions: int = 0
+    logprobs: Logprobs | None = None  # of `token_ids`
+    prompt_logprobs: Logprobs | None = None  # of the prompt's next tokens

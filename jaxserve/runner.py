@@ -1,8 +1,10 @@
 """Holds the weights, the state and the compiled programs; executes step plans."""
 
 import concurrent.futures
+import dataclasses
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,22 @@ from flax import nnx
 from jaxserve import programs
 from jaxserve.buckets import Buckets
 from jaxserve.state import State, StateShape
-from jaxserve.step_plan import PATCH_HEADER, StepPlan, ints
+from jaxserve.step_plan import NUM_EXTRAS, PATCH_HEADER, SAMPLERS, StepPlan, ints
+from jaxserve.step_result import StepResult
 
-SAMPLERS = ("greedy", "plain")
-COMPILERS = 4  # threads; XLA compiles outside the GIL
+COMPILERS = max(4, os.cpu_count() or 4)  # threads; XLA compiles outside the GIL
+EXTRAS_LINES = 4  # in one upload: rows that need any seldom begin together
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """What a step will have produced: fresh arrays, which no later program takes."""
+
+    num_steps: int
+    out: jax.Array
+    tops: jax.Array | None
+    scores: list[jax.Array]
+    num_scores: int
 
 
 class Runner:
@@ -31,24 +45,78 @@ class Runner:
     ):
         """Compiles every bucket; calls `on_compiled(done, total)` after each."""
         leaves, treedef = jax.tree.flatten(params)
-        self._weights = tuple(leaves)
+        self._weights: tuple[jax.Array | None, ...] = tuple(leaves)
+        self.weight_specs = tuple(
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves
+        )
         self._shape = shape
         self._patch_width = PATCH_HEADER + shape.pages_per_row
         self._state = shape.create()
+        self._score_size = buckets.scores
         merge = functools.partial(_merge, graphdef, treedef)
         jobs = _jobs(merge, self._weights, self._state, buckets, self._patch_width)
         self._programs = _compile_all(jobs, on_compiled)
 
+    @property
+    def program_bytes(self) -> int:
+        """Of the device's memory that the hungriest program takes while it runs, beside the
+        weights and the state."""
+        return max(_working_bytes(program) for program in self._programs.values())
+
+    @property
+    def weights(self) -> tuple[jax.Array | None, ...]:
+        """The leaves of the parameters, in the order of `jax.tree.leaves`; None where one was
+        released. No program takes them: whoever holds the tuple may read it from any thread."""
+        return self._weights
+
+    def swap(self, leaves: Mapping[int, jax.Array]) -> None:
+        """Puts others in the place of some leaves, or all. Nothing is compiled or copied; steps
+        in flight keep theirs.
+
+        Raises:
+          ValueError: one has another shape, dtype or sharding; nothing was changed.
+        """
+        self.check_leaves(leaves)
+        self._weights = tuple(leaves.get(i, leaf) for i, leaf in enumerate(self._weights))
+
+    def check_leaves(self, leaves: Mapping[int, jax.Array]) -> None:
+        """Raises ValueError for a leaf that has another shape, dtype or sharding than its own."""
+        for number, leaf in leaves.items():
+            spec = self.weight_specs[number]
+            got, wanted = ((x.shape, str(x.dtype), x.sharding) for x in (leaf, spec))
+            if got != wanted:
+                raise ValueError(f"weight {number}: {got} cannot take the place of {wanted}")
+
+    def overwrite(self, number: int, make: Callable[[], jax.Array]) -> None:
+        """Lets go of a leaf before its successor is made, where there is no room for both. To be
+        called with no step in flight. If `make` raises, the leaf is gone."""
+        self._weights = (*self._weights[:number], None, *self._weights[number + 1 :])
+        self.swap({number: make()})
+
+    def release_weights(self) -> None:
+        """Lets go of them, with no step in flight: their memory is free unless somebody else, such
+        as a trainer in this process, holds them too."""
+        self._weights = (None,) * len(self._weights)
+
+    def release_state(self) -> None:
+        """Gives the KV cache's memory back, until `reset`."""
+        for leaf in jax.tree.leaves(self._state):
+            leaf.delete()
+
     def reset(self) -> None:
-        """A state without requests, after a step has failed and taken the donated one with it."""
+        """A state without requests: after a step has failed and taken the donated one with it."""
+        for leaf in jax.tree.leaves(self._state):
+            leaf.delete()  # what is left of it: there is no room for two
         self._state = self._shape.create()
 
-    def dispatch(self, plan: StepPlan) -> jax.Array:
+    def release(self) -> None:
+        """Lets go of weights, state and programs; nothing can be dispatched any more."""
+        self._programs.clear()
+        self._weights, self._state = (), None
+
+    def dispatch(self, plan: StepPlan) -> Dispatched:
         """Enqueues one step; `read` waits for what it returns."""
-        if plan.patch:
-            upload = ints(plan.patch)
-            num_lines = (len(upload) - self._shape.max_rows) // self._patch_width
-            self._run("patch", num_lines, upload=upload)
+        self._change_rows(plan)
         if plan.copies:
             upload = ints(plan.copies).reshape(-1, 3)
             self._run("copy_pages", len(upload), upload=upload)
@@ -57,13 +125,49 @@ class Runner:
             self._run("sample", plan.sampler, plan.num_rows, True)
         else:
             self._run("decode", plan.sampler, plan.num_rows, plan.num_steps, True)
-        fresh = self._programs["peek",](self._state.out)
-        fresh.copy_to_host_async()
-        return fresh
+        scores = self._score(plan)
+        tops = None
+        if plan.wants_tops:
+            tops = self._programs["peek", "tops"](self._state.tops)
+        out = self._programs["peek", "out"](self._state.out)
+        for fresh in (out, tops, *scores):
+            if fresh is not None:
+                fresh.copy_to_host_async()
+        return Dispatched(plan.num_steps, out, tops, scores, len(plan.scores) // 12)
 
-    def read(self, fresh: jax.Array) -> np.ndarray:
-        """`State.out` as it was after the step, i32[K, R + 1, C]."""
-        return np.asarray(fresh)
+    def read(self, fresh: Dispatched) -> StepResult:
+        """Waits for the step."""
+        scores = [np.asarray(part) for part in fresh.scores]
+        return StepResult(
+            drawn=np.asarray(fresh.out)[: fresh.num_steps].tolist(),
+            tops=None if fresh.tops is None else np.asarray(fresh.tops),
+            scores=np.concatenate(scores)[: fresh.num_scores] if scores else None,
+        )
+
+    def _change_rows(self, plan: StepPlan) -> None:
+        if plan.patch:
+            upload = ints(plan.patch)
+            num_lines = (len(upload) - self._shape.max_rows) // self._patch_width
+            self._run("patch", num_lines, upload=upload)
+        trash = np.zeros((1, 1 + NUM_EXTRAS), np.int32)
+        trash[0, 0] = self._shape.max_rows
+        for lines in _pieces(ints(plan.extras).reshape(-1, 1 + NUM_EXTRAS), EXTRAS_LINES, trash):
+            self._run("set_extras", upload=lines)
+        counts = ints(plan.counts)
+        while len(counts):
+            row, length = counts[:2]
+            tokens, counts = counts[2 : 2 + length], counts[2 + length :]
+            upload = np.bincount(tokens, minlength=self._shape.vocab_size).astype(np.int32)
+            self._run("set_counts", upload=np.concatenate([[row], upload]).astype(np.int32))
+
+    def _score(self, plan: StepPlan) -> list[jax.Array]:
+        program = self._programs["score", plan.wants_tops, True]
+        padding = np.array([[0, 0, self._shape.max_rows]], np.int32)
+        lines = ints(plan.scores).reshape(-1, 3)
+        return [
+            program(self._weights, self._state, jax.device_put(piece))
+            for piece in _pieces(lines, self._score_size, padding)
+        ]
 
     def _run(self, *key, upload: np.ndarray | None = None) -> None:
         """Runs a program on the state; a last True in the key says that it wants the weights."""
@@ -72,6 +176,13 @@ class Runner:
         if upload is not None:
             arguments = (*arguments, jax.device_put(upload))
         self._state = self._programs[key](*arguments)
+
+
+def _pieces(lines: np.ndarray, size: int, padding: np.ndarray) -> Iterator[np.ndarray]:
+    """So many lines at a time, the last piece filled up with `padding`."""
+    for start in range(0, len(lines), size):
+        piece = lines[start : start + size]
+        yield np.concatenate([piece, np.repeat(padding, size - len(piece), axis=0)])
 
 
 def _merge(graphdef, treedef, weights: tuple[jax.Array, ...]):
@@ -86,7 +197,20 @@ def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> d
 
     partial = functools.partial
     model = merge, None  # None: the best attention for the device
-    jobs: dict[tuple, tuple] = {("peek",): (programs.peek, (state.out,), ())}
+    jobs: dict[tuple, tuple] = {
+        ("peek", "out"): (programs.peek, (state.out,), ()),
+        ("peek", "tops"): (programs.peek, (state.tops,), ()),
+        ("set_extras",): (
+            programs.set_extras,
+            (state, upload(EXTRAS_LINES, 1 + NUM_EXTRAS)),
+            (0,),
+        ),
+        ("set_counts",): (programs.set_counts, (state, upload(1 + state.counts.shape[1])), (0,)),
+    }
+    for wants_tops in (False, True):
+        function = partial(programs.score, merge, wants_tops)
+        arguments = (weights, state, upload(buckets.scores, 3))
+        jobs["score", wants_tops, True] = (function, arguments, ())
     for lines in buckets.patch_lines:
         size = lines * patch_width + len(state.batch)
         jobs["patch", lines] = (partial(programs.patch, lines), (state, upload(size)), (0,))
@@ -101,10 +225,18 @@ def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> d
             function = partial(programs.sample, merge, sampler, rows)
             jobs["sample", sampler, rows, True] = (function, (weights, state), (1,))
         for rows in buckets.decode_rows:
-            for steps in sorted({1, len(state.out)}):
+            for steps in buckets.decode_steps:
                 function = partial(programs.decode, *model, sampler, rows, steps)
                 jobs["decode", sampler, rows, steps, True] = (function, (weights, state), (1,))
     return jobs
+
+
+def _working_bytes(program: jax.stages.Compiled) -> int:
+    stats = program.memory_analysis()
+    if stats is None:  # the backend does not tell
+        return 0
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.temp_size_in_bytes + max(fresh, 0)
 
 
 def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], None]):
@@ -112,10 +244,8 @@ def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], Non
 
     def compile_one(job):
         function, arguments, donated = job
-        # A leaf that a program replaces unread is kept as its argument: left out, its buffer would
-        # go to another leaf of its shape, addresses would change, and graphs be patched.
-        jitted = jax.jit(function, donate_argnums=donated, keep_unused=True)
-        return jitted.lower(*arguments).compile()
+        # Not keep_unused: with it a cache of JAX's keeps every program for good.
+        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
 
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
         futures = {key: pool.submit(compile_one, job) for key, job in jobs.items()}

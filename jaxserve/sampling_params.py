@@ -1,6 +1,7 @@
 """How one request is sampled: the fields, their ranges, and the words for what is not served."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import msgspec
@@ -11,6 +12,8 @@ GREEDY_BELOW = 1e-6  # temperatures under it mean "take the best token"
 MOST_STOPS = 32
 MOST_STOP_BYTES = 256
 MOST_STOP_TOKEN_IDS = 128
+MOST_BIASES = 1024
+MOST_SAMPLES = 64
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -20,10 +23,18 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    logit_bias: dict[int, float] = {}
+    n: int = 1
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True  # of tokenizers that we do not use: no effect
     no_stop_trim: bool = False
     stream_interval: int | None = None
     sampling_seed: int | None = None
@@ -50,7 +61,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         if isinstance(fields.get("stop"), str):
             fields["stop"] = [fields["stop"]]
         try:
-            params = msgspec.convert(fields, cls)
+            params = msgspec.convert(fields, cls, str_keys=True)
         except msgspec.ValidationError as error:
             raise RequestError(f"sampling_params: {error}", param="sampling_params") from error
         params._check()
@@ -59,6 +70,17 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW or self.top_k == 1
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether some tokens may not be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether scores depend on how often a token has come."""
+        penalties = self.frequency_penalty, self.presence_penalty, self.repetition_penalty
+        return penalties != (0.0, 0.0, 1.0)
 
     def _check(self) -> None:
         def require(holds: bool, param: str, message: str) -> None:
@@ -86,6 +108,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             "top_k",
             f"top_k must be -1 (disable) or at least 1, got {self.top_k}.",
         )
+        self._check_penalties(require)
         require(
             len(self.stop) <= MOST_STOPS,
             "stop",
@@ -120,6 +143,36 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             f"sampling_seed must be in [-2**63, 2**63 - 1], got {self.sampling_seed}.",
         )
 
+    def _check_penalties(self, require: Callable[[bool, str, str], None]) -> None:
+        p, repetition = self.min_p, self.repetition_penalty
+        require(0 <= p <= 1, "min_p", f"min_p must be in [0, 1], got {p}.")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            require(-2 <= value <= 2, name, f"{name} must be in [-2, 2], got {value}.")
+        require(
+            0 < repetition <= 2,
+            "repetition_penalty",
+            f"repetition_penalty must be in (0, 2] (1.0 = no penalty), got {repetition}.",
+        )
+        least, most = self.min_new_tokens, self.max_new_tokens
+        most = 2**31 - 1 if most is None else most
+        require(
+            0 <= least <= most,
+            "min_new_tokens",
+            f"min_new_tokens must be in [0, max_new_tokens({most})], got {least}.",
+        )
+        require(
+            len(self.logit_bias) <= MOST_BIASES,
+            "logit_bias",
+            f"at most {MOST_BIASES} entries of logit_bias are allowed, got {len(self.logit_bias)}",
+        )
+        for token, bias in self.logit_bias.items():
+            message = f"logit_bias of {token} must be finite, got {bias}"
+            require(math.isfinite(bias), "logit_bias", message)
+        require(
+            1 <= self.n <= MOST_SAMPLES, "n", f"n must be from 1 to {MOST_SAMPLES}, got {self.n}."
+        )
+
 
 def _is_same(value: Any, neutral: Any) -> bool:
     """False is no 0 here."""
@@ -128,19 +181,11 @@ def _is_same(value: Any, neutral: Any) -> bool:
 
 # What SGLang has and we do not yet: its neutral value is accepted, any other refused in words.
 NOT_SERVED: dict[str, Any] = {
-    "n": 1,
-    "min_p": 0.0,
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "min_new_tokens": 0,
-    "logit_bias": {},
     "stop_regex": [],
     "json_schema": "",
     "regex": "",
     "ebnf": "",
     "structural_tag": "",
     "custom_params": {},
-    "spaces_between_special_tokens": True,
     "beam_width": 1,
 }

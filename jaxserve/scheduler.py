@@ -7,6 +7,7 @@ oldest is never retracted, so that somebody always gets on.
 """
 
 import itertools
+import logging
 from typing import Literal
 
 from jaxserve.admission import OutputEstimate
@@ -14,10 +15,12 @@ from jaxserve.errors import QueueFull
 from jaxserve.live_request import Chunk, LiveRequest, PageCopy, Schedule
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.radix_cache import Match, RadixCache
-from jaxserve.request import FinishReason, Request, RequestUpdate
+from jaxserve.request import FinishReason, Logprobs, Request, RequestUpdate
 from jaxserve.step_plan import NOT_FINITE
+from jaxserve.step_result import StepResult
 from jaxserve.stop_checker import StopChecker
 
+logger = logging.getLogger(__name__)
 LOOKAHEAD = 32  # tokens: rows get pages for so many at once, so that they rarely need any
 MOST_MATCHED_WAITING = 128  # beyond so many, lpm does not look prefixes up
 
@@ -47,12 +50,14 @@ class Scheduler:
         self.allocator, self.cache = allocator, cache
         self.max_rows = max_rows
         self.waiting: list[LiveRequest] = []
+        self.held: list[LiveRequest] = []  # came after `hold`: not to be admitted before `release`
         self.running: list[LiveRequest] = []  # in order of admission
         self.num_retractions = 0
         self._page_size, self._max_prefill_tokens = page_size, max_prefill_tokens
         self._num_decode_steps, self._policy = num_decode_steps, policy
         self._max_waiting = max_waiting
         self._estimate = OutputEstimate(conservativeness)
+        self._is_holding = False
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._by_rid: dict[str, LiveRequest] = {}
         self._changed: dict[LiveRequest, None] = {}  # with other pages than the device knows
@@ -67,25 +72,38 @@ class Scheduler:
             raise ValueError(f"{request.rid} needs more pages than the KV cache has")
         if request.rid in self._by_rid:
             raise ValueError(f"Duplicate request ID detected: {request.rid}")
-        if self._max_waiting is not None and len(self.waiting) >= self._max_waiting:
+        num_waiting = len(self.waiting) + len(self.held)
+        if self._max_waiting is not None and num_waiting >= self._max_waiting:
             raise QueueFull
         live = LiveRequest(
             request, stop_checker, next(self._arrivals), tokens=list(request.prompt_ids)
         )
         self._by_rid[request.rid] = live
-        self.waiting.append(live)
+        (self.held if self._is_holding else self.waiting).append(live)
 
-    def abort(self, rid: str) -> RequestUpdate | None:
+    def abort(self, rid: str, reason: FinishReason | None = None) -> RequestUpdate | None:
         """Ends the request; None where it is not known, which is no error: it may have finished."""
         live = self._by_rid.get(rid)
         if live is None:
             return None
         if live.row >= 0:
-            return self._finish(live, [], FinishReason("abort", message="Aborted"))
-        self.waiting.remove(live)
+            return self._end(live, [], reason or FinishReason("abort", message="Aborted"))
+        (self.waiting if live in self.waiting else self.held).remove(live)
         del self._by_rid[rid]
-        reason = FinishReason("abort", message="Abort in waiting queue")
-        return self._news(live, [], reason)
+        words = "Abort in waiting queue"
+        return self._news(live, [], reason or FinishReason("abort", message=words))
+
+    def abort_all(self, reason: FinishReason | None = None) -> list[RequestUpdate]:
+        return [self.abort(rid, reason) for rid in list(self._by_rid)]
+
+    def hold(self) -> None:
+        """What comes from now on is not admitted before `release`."""
+        self._is_holding = True
+
+    def release(self) -> None:
+        self._is_holding = False
+        self.waiting += self.held
+        self.held = []
 
     def schedule(self) -> Schedule | None:
         """The next step, or None where there is nothing to dispatch: what is in flight must be
@@ -111,25 +129,37 @@ class Scheduler:
             num_cached_tokens=sum(live.num_matched for live in admitted),
         )
 
-    def update(
-        self, schedule: Schedule, sampled: dict[int, list[tuple[int, int]]]
-    ) -> list[RequestUpdate]:
-        """Takes in a step's result: by row, the tokens it drew and what became of it with each."""
-        updates = []
+    def update(self, schedule: Schedule, result: StepResult) -> list[RequestUpdate]:
+        """Takes in what a step has drawn and scored."""
+        updates, num_scores = [], 0
         for chunk in schedule.chunks:
-            if chunk.num_samples and not chunk.is_stale:
-                drawn = sampled[chunk.live.row][: chunk.num_samples]
-                if chunk.tokens and drawn[0][1] != NOT_FINITE:
-                    self._share_prefix(chunk.live)
-                updates.append(self._take(chunk.live, drawn))
+            first_score, num_scores = num_scores, num_scores + chunk.num_scores
+            if chunk.is_stale:
+                continue
+            try:
+                update = self._take_in(chunk, first_score, result)
+            except Exception as error:  # of its text, say: nobody else's concern
+                logger.exception("%s ends", chunk.live.request.rid)
+                reason = FinishReason.internal_error(f"{type(error).__name__}: {error}")
+                update = self._end(chunk.live, [], reason)
+            if update is not None:
+                updates.append(update)
         return updates
 
-    def retract_all(self) -> None:
-        """After a failed step: nothing on the device is to be trusted any more."""
+    def retract_all(self, *, keep: bool = False) -> None:
+        """Nothing on the device is to be trusted any more, unless `keep` says so."""
         for live in list(self.running):
-            self._retract(live, keep=False)
-        if self.cache is not None:
+            self._retract(live, keep=keep)
+        if self.cache is not None and not keep:
             self.cache.reset()
+
+    def change_weights(self) -> None:
+        """To be called with no step in flight. What was computed until now is matched no more, and
+        what is running goes on with it but leaves nothing to the cache."""
+        for live in self.running:
+            live.is_mixed = live.num_computed > 0
+        if self.cache is not None:
+            self.cache.forget()
 
     def flush(self) -> bool:
         """Empties the prefix cache; False, and nothing done, unless all is idle."""
@@ -145,8 +175,18 @@ class Scheduler:
         return sum(live.num_committed for live in self.running)
 
     @property
+    def oldest(self) -> LiveRequest | None:
+        """The one that nobody keeps from getting on."""
+        return min(self.running or self.waiting, key=lambda live: live.order, default=None)
+
+    @property
     def is_idle(self) -> bool:
         return not self._by_rid
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nobody is here but those held."""
+        return len(self._by_rid) == len(self.held)
 
     def check_integrity(self) -> None:
         self.allocator.check_integrity()
@@ -159,7 +199,7 @@ class Scheduler:
         assert len(private) + cached == self.allocator.num_used, "no page is lost"
         rows = [live.row for live in self.running] + self._free_rows
         assert sorted(rows) == list(range(self.max_rows)), "each row has one owner"
-        assert len(self._by_rid) == len(self.waiting) + len(self.running)
+        assert len(self._by_rid) == len(self.waiting) + len(self.held) + len(self.running)
         for live in self.running:
             assert live.num_computed <= len(live.pages) * self._page_size
 
@@ -255,6 +295,7 @@ class Scheduler:
         live.pages = match.pages + fresh
         live.num_matched = live.num_computed = match.num_tokens
         live.prefill_len = len(live.tokens)
+        live.next_score = live.num_scored
         if live.cached_tokens is None:
             live.cached_tokens = match.num_tokens
         return PageCopy(match.donor_page, fresh[0], match.donor_tokens)
@@ -264,14 +305,14 @@ class Scheduler:
         if self.cache is None:
             return Match(node=None, pages=[], num_tokens=0)
         match = self.cache.match_prefix(
-            live.tokens, namespace=live.request.namespace, most=len(live.tokens) - 1
+            live.tokens, namespace=live.request.namespace, most=live.most_matched
         )
         self.cache.lock(match.node)
         return match
 
     def _share_prefix(self, live: LiveRequest) -> None:
         """Lets others use the full pages of a prompt as soon as it is known to be sound."""
-        if self.cache is None:
+        if self.cache is None or live.is_mixed:
             return
         num_full = live.prefill_len // self._page_size
         if num_full == live.num_shared:
@@ -295,39 +336,76 @@ class Scheduler:
         for live in self.running:
             if live.is_decoding or not budget:
                 continue
-            tokens = live.tokens[live.num_computed : live.num_computed + budget]
+            start = live.num_computed
+            tokens = live.tokens[start : start + budget]
             budget -= len(tokens)
             live.num_computed += len(tokens)
             num_samples = 0
             if live.is_decoding:  # with this chunk the prompt is complete
                 num_samples = 1
                 live.num_inflight += 1
-            chunks.append(Chunk(live, live.epoch, tokens, num_samples))
+            # A token's scores come from the one before it.
+            first = live.next_score
+            live.next_score = max(first, min(live.num_computed + 1, len(live.request.prompt_ids)))
+            scores = first, live.next_score - first
+            chunks.append(Chunk(live, live.epoch, tokens, num_samples, start, *scores))
         return chunks
 
     # The end of a request, and of a stay in a row.
 
-    def _take(self, live: LiveRequest, drawn: list[tuple[int, int]]) -> RequestUpdate:
-        live.num_inflight -= len(drawn)
-        taken: list[int] = []
-        for token, finish in drawn:
-            if finish == NOT_FINITE:
-                return self._finish(live, taken, _not_finite(), keep=False)
-            if live.request.max_new_tokens == 0:  # only its prompt was wanted
-                return self._finish(live, taken, FinishReason("length", length=0))
-            live.tokens.append(token)
-            taken.append(token)
-            reason = live.stop_checker.push(token)
-            if reason is not None:
-                return self._finish(live, taken, reason)
-        return self._news(live, taken, None)
+    def _take_in(self, chunk: Chunk, first_score: int, result: StepResult) -> RequestUpdate | None:
+        """What a step has done for one request; None where it is no news."""
+        live, scored = chunk.live, None
+        if chunk.num_scores:
+            live.num_scored = chunk.first_score + chunk.num_scores
+            scored = result.prompt_logprobs(first_score, chunk.num_scores, live.logprobs)
+        if chunk.num_samples:
+            if chunk.tokens and result.drawn[0][live.row][1] != NOT_FINITE:
+                self._share_prefix(live)
+            return self._take(live, chunk.num_samples, result, scored)
+        return scored and self._news(live, [], prompt_logprobs=scored)
 
-    def _finish(
-        self, live: LiveRequest, token_ids: list[int], reason: FinishReason, *, keep: bool = True
+    def _take(
+        self, live: LiveRequest, count: int, result: StepResult, scored: Logprobs | None
+    ) -> RequestUpdate:
+        """Takes in the tokens that a row has drawn, up to its end."""
+        live.num_inflight -= count
+        row, request = live.row, live.request
+        taken: list[int] = []
+        reason, is_sound = None, True
+        for step in result.drawn[:count]:
+            token, finish = step[row][:2]
+            if finish == NOT_FINITE:
+                reason = FinishReason.internal_error("the model's scores are not finite")
+                is_sound = False
+            elif request.max_new_tokens == 0:  # only its prompt was wanted
+                reason = FinishReason("length", length=0)
+            else:
+                live.tokens.append(token)
+                taken.append(token)
+                reason = live.stop_checker.push(token)
+            if reason is not None:
+                break
+        logprobs = None
+        if request.logprobs is not None:
+            logprobs = result.drawn_logprobs(row, len(taken), request.logprobs)
+        if reason is not None:
+            return self._end(live, taken, reason, logprobs, scored, keep=is_sound)
+        return self._news(live, taken, None, logprobs, scored)
+
+    def _end(
+        self,
+        live: LiveRequest,
+        token_ids: list[int],
+        reason: FinishReason,
+        logprobs: Logprobs | None = None,
+        prompt_logprobs: Logprobs | None = None,
+        *,
+        keep: bool = True,
     ) -> RequestUpdate:
         self._leave_row(live, keep=keep)
         del self._by_rid[live.request.rid]
-        return self._news(live, token_ids, reason)
+        return self._news(live, token_ids, reason, logprobs, prompt_logprobs)
 
     def _retract(self, live: LiveRequest, *, keep: bool = True) -> None:
         self._leave_row(live, keep=keep)
@@ -338,11 +416,12 @@ class Scheduler:
         self._estimate.on_retract(self.running)
 
     def _leave_row(self, live: LiveRequest, *, keep: bool) -> None:
-        """The one way out of a row. What was computed goes to the cache unless `keep` is false."""
+        """The one way out of a row. What was computed goes to the cache unless `keep` is false, or
+        it is of different weights."""
         self.running.remove(live)
         self._free_rows.append(live.row)
         num_kept = live.num_shared
-        if keep and self.cache is not None:
+        if keep and self.cache is not None and not live.is_mixed:
             num_kept = self._pages_for(live.num_committed)
             self.cache.insert(
                 live.tokens[: live.num_committed],
@@ -353,11 +432,16 @@ class Scheduler:
         if self.cache is not None:
             self.cache.unlock(live.node)
         live.row, live.pages, live.node, live.num_shared = -1, [], None, 0
+        live.is_mixed = False
         live.epoch += 1
 
     @staticmethod
     def _news(
-        live: LiveRequest, token_ids: list[int], reason: FinishReason | None
+        live: LiveRequest,
+        token_ids: list[int],
+        reason: FinishReason | None = None,
+        logprobs: Logprobs | None = None,
+        prompt_logprobs: Logprobs | None = None,
     ) -> RequestUpdate:
         return RequestUpdate(
             live.request.rid,
@@ -365,6 +449,8 @@ class Scheduler:
             reason,
             cached_tokens=live.cached_tokens or 0,
             num_retractions=live.num_retractions,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
     # Memory.
@@ -387,12 +473,3 @@ class Scheduler:
     def _most_tokens(request: Request) -> int:
         """That are ever computed: all but the last, which is only sampled."""
         return len(request.prompt_ids) + max(request.max_new_tokens - 1, 0)
-
-
-def _not_finite() -> FinishReason:
-    return FinishReason(
-        "abort",
-        message="the model's scores are not finite",
-        status_code=500,
-        err_type="InternalServerError",
-    )

@@ -12,10 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jaxserve.step_plan import NUM_SAMPLING, NUM_STOP_IDS, RUNNING, STOPPED
+from jaxserve.step_plan import (
+    NO_TOKEN,
+    NUM_EXTRAS,
+    NUM_SAMPLING,
+    NUM_STOP_IDS,
+    NUM_TOPS,
+    RUNNING,
+    STOPPED,
+)
 from pallas_kernels.attention import KVCache, empty_kv_cache, kv_cache_shape
 
-OUT_COLUMNS = 2  # of `State.out`: token, what has become of the row
+OUT_COLUMNS = 3  # of `State.out`: token, what has become of the row, its logprob as float bits
 
 
 @typing.no_type_check  # a pytree: its leaves are sometimes shapes
@@ -31,11 +39,15 @@ class State:
     finish: Int32[Array, " R+1"]  # RUNNING, or why not
     limit: Int32[Array, " R+1"]  # tokens in the cache beyond which nothing is sampled
     stop_ids: Int32[Array, "R+1 8"]  # -1 for none
-    sampling: Int32[Array, "R+1 8"]  # as `step_plan.pack_sampling` packs it
+    sampling: Int32[Array, "R+1 11"]  # as `step_plan.pack_sampling` packs it
+    extras: Int32[Array, "R+1 E"]  # as `step_plan.pack_extras` packs it, without the row
+    counts: Int32[Array, "R+1 V"]  # of each token in the output; only of rows that ask for it
     batch: Int32[Array, " R"]  # the rows that a decode step runs, then the trash row
     sampling_rows: Int32[Array, " R"]  # those of an extend step that get a token, likewise
-    hidden: Float[Array, "R+1 D"]  # of each row's newest token, from forward to sample
+    sampling_tokens: Int32[Array, " R"]  # where in `hidden` each of these has its newest token
+    hidden: Float[Array, "T D"]  # of an extend step's tokens, from forward to sample
     out: Int32[Array, "K R+1 C"]  # what the host reads of a step
+    tops: Int32[Array, "K R+1 W"]  # and, where anybody asks for it, this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +57,20 @@ class StateShape:
     max_rows: int
     pages_per_row: int
     max_steps: int  # K: decode steps in one dispatch
+    max_tokens: int  # of an extend step
     num_layers: int
     num_pages: int
     page_size: int
     num_kv_heads: int
     head_dim: int
     hidden_size: int
+    vocab_size: int
     dtype: jnp.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        leaves = jax.tree.leaves(jax.eval_shape(self.create))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
     def create(self) -> State:
         """A state without requests."""
@@ -76,8 +95,12 @@ class StateShape:
             limit=zeros(rows),
             stop_ids=jnp.full((rows, NUM_STOP_IDS), -1, jnp.int32),
             sampling=zeros(rows, NUM_SAMPLING),
+            extras=jnp.full((rows, NUM_EXTRAS), NO_TOKEN, jnp.int32),
+            counts=zeros(rows, self.vocab_size),
             batch=jnp.full(self.max_rows, trash, jnp.int32),
             sampling_rows=jnp.full(self.max_rows, trash, jnp.int32),
-            hidden=jnp.zeros((rows, self.hidden_size), self.dtype),
+            sampling_tokens=zeros(self.max_rows),
+            hidden=jnp.zeros((self.max_tokens, self.hidden_size), self.dtype),
             out=zeros(self.max_steps, rows, OUT_COLUMNS),
+            tops=zeros(self.max_steps, rows, NUM_TOPS),
         )

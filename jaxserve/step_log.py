@@ -14,11 +14,15 @@ class StepLog:
     def __init__(self, scheduler: Scheduler, interval: int, clock: Callable[[], float]):
         self._scheduler, self._interval, self._clock = scheduler, interval, clock
         self._decode_steps = self._tokens = 0
-        self._since = clock()
-        self.last_gen_throughput = 0.0  # tokens per second
+        self._since = self._idle_since = clock()
+        self._is_idle = True
+        self.last_gen_throughput = 0.0  # tokens per second, while there was work
 
     def before(self, schedule: Schedule) -> None:
         """To be called with a step about to run."""
+        if self._is_idle:  # as if that time had not been
+            self._since += self._clock() - self._idle_since
+            self._is_idle = False
         new_tokens = schedule.num_prompt_tokens
         if new_tokens:
             num_new = sum(bool(chunk.tokens) for chunk in schedule.chunks)
@@ -35,6 +39,11 @@ class StepLog:
         decoded = sum(chunk.num_samples for chunk in schedule.chunks if not chunk.tokens)
         if decoded:
             self._count(decoded)
+
+    def on_idle(self) -> None:
+        """To be called when nothing is left to run."""
+        if not self._is_idle:
+            self._is_idle, self._idle_since = True, self._clock()
 
     @property
     def token_usage(self) -> float:

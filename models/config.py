@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, get_args
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
@@ -61,6 +61,7 @@ class ModelConfig:
         folder: str | pathlib.Path,
         context_length: int | None = None,
         overrides: Mapping[str, Any] | None = None,
+        read_text: Callable[[pathlib.Path], str] = pathlib.Path.read_text,
     ) -> Self:
         """Reads `config.json` (and the EOS ids of `generation_config.json`) in `folder`.
 
@@ -68,11 +69,11 @@ class ModelConfig:
           FileNotFoundError, ValueError: as `from_dict`; the message names the file.
         """
         folder = pathlib.Path(folder)
-        raw = _read_json(folder / "config.json") | dict(overrides or {})
+        raw = _read_json(folder / "config.json", read_text) | dict(overrides or {})
         config = cls.from_dict(raw, context_length)
         generation = folder / "generation_config.json"
         if generation.exists():
-            extra = _token_ids(_read_json(generation).get("eos_token_id"))
+            extra = _token_ids(_read_json(generation, read_text).get("eos_token_id"))
             ids = dict.fromkeys((*config.eos_token_ids, *extra))
             config = dataclasses.replace(config, eos_token_ids=tuple(ids))
         return config
@@ -173,20 +174,29 @@ def _parse_rope(raw: Mapping[str, Any], longest: int) -> RopeConfig:
         theta=_number(scaling, "rope_theta", _number(raw, "rope_theta", 10000.0)),
         factor=1.0 if factor is None else factor,
         original_context_length=original,
-        **{name: scaling[name] for name in _ROPE_OPTIONS if scaling.get(name) is not None},
+        **_rope_options(scaling, rope_type),
     )
 
 
-_ROPE_OPTIONS = (
-    "low_freq_factor",
-    "high_freq_factor",
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-)
+def _rope_options(scaling: Mapping[str, Any], rope_type: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        options[name] = _number(scaling, name, None)
+    for name in ("attention_factor", "mscale", "mscale_all_dim"):
+        options[name] = None if scaling.get(name) == 0 else _number(scaling, name, None)
+    if scaling.get("truncate") is not None:
+        options["truncate"] = flag(scaling, "truncate")
+    options = {name: value for name, value in options.items() if value is not None}
+    if rope_type == "llama3":
+        for name in ("low_freq_factor", "high_freq_factor"):
+            if name not in options:
+                raise ValueError(f"config.json: rope_type 'llama3' needs a {name}")
+        if options["low_freq_factor"] >= options["high_freq_factor"]:
+            raise ValueError(
+                f"config.json: low_freq_factor {options['low_freq_factor']} is not below "
+                f"high_freq_factor {options['high_freq_factor']}"
+            )
+    return options
 
 
 def _check(config: ModelConfig) -> None:
@@ -239,9 +249,9 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def _read_json(path: pathlib.Path, read_text: Callable[[pathlib.Path], str]) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):

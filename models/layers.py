@@ -26,11 +26,7 @@ def param(
     return nnx.Param(jnp.zeros(shape, dtype), kind=kind, axes=axes, parts=parts)
 
 
-def project(
-    x: Float[Array, "T I"],
-    weight: Float[Array, "O I"],
-    dtype=None,
-) -> Float[Array, "T O"]:
+def project(x: Float[Array, "T I"], weight: Float[Array, "O I"], dtype=None) -> Float[Array, "T O"]:
     """The product of `x` and the transposed weight, in `dtype` or that of its operands."""
     if jax.default_backend() == "cpu":
         return _project_on_cpu(x, weight, dtype)

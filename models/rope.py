@@ -34,7 +34,21 @@ def inverse_frequencies(
 
     `dynamic` computes its base once, for the context length that is served: a base that followed
     each request's own length would make cached keys depend on who reads them.
+
+    Raises:
+      ValueError: no frequencies follow from these options.
     """
+    try:
+        with np.errstate(all="ignore"):
+            frequencies, scale = _frequencies(rope, head_dim, context_length)
+    except (OverflowError, ZeroDivisionError):
+        frequencies, scale = np.full(1, np.nan), 1.0
+    if not ((frequencies > 0) & (frequencies < np.inf)).all() or not math.isfinite(scale):
+        raise ValueError(f"config.json: no frequencies follow from {rope}")
+    return frequencies.astype(np.float32), scale
+
+
+def _frequencies(rope: RopeConfig, head_dim: int, context_length: int) -> tuple[np.ndarray, float]:
     if rope.rope_type == "dynamic":
         rope = _dynamic_ntk(rope, head_dim, context_length)
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
@@ -46,7 +60,7 @@ def inverse_frequencies(
         frequencies = _llama3(rope, frequencies)
     elif rope.rope_type == "yarn":
         frequencies, scale = _yarn(rope, frequencies, head_dim)
-    return frequencies.astype(np.float32), scale
+    return frequencies, scale
 
 
 def _dynamic_ntk(rope: RopeConfig, head_dim: int, context_length: int) -> RopeConfig:

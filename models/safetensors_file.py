@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import struct
+from collections.abc import Callable
 from typing import Any, Self
 
 import ml_dtypes
@@ -53,33 +54,47 @@ class Tensor:
 class SafetensorsFile:
     """An open file and its checked header."""
 
-    def __init__(self, path: str | pathlib.Path):
-        """Raises ValueError, naming the file, where the header is not sound."""
+    def __init__(self, path: str | pathlib.Path, descriptor: int | None = None):
+        """Opens the file, or takes over the descriptor of one that is open.
+
+        Raises ValueError, naming the file, where the header is not sound.
+        """
         self.path = pathlib.Path(path)
-        self._fd = os.open(self.path, os.O_RDONLY)
+        self.descriptor = os.open(self.path, os.O_RDONLY) if descriptor is None else descriptor
         try:
-            self.tensors = _read_header(self._fd)
+            self._opened = os.fstat(self.descriptor)
+            self.tensors = _read_header(
+                self._opened.st_size, lambda count, start: os.pread(self.descriptor, count, start)
+            )
         except BaseException as error:
-            os.close(self._fd)
+            os.close(self.descriptor)
             if isinstance(error, ValueError):
                 raise ValueError(f"{self.path}: {error}") from error
             raise
 
     def read_into(self, name: str, offset: int, out: np.ndarray) -> None:
         """Fills the contiguous `out` from the tensor's bytes at `offset`; dtypes must be equal."""
-        tensor = self.tensors[name]
-        assert out.flags.c_contiguous and out.dtype == tensor.dtype
-        assert offset >= 0 and offset + out.nbytes <= tensor.nbytes
-        view = memoryview(out.reshape(-1).view(np.uint8))
-        position = tensor.start + offset
+        view, position = _destination(self.tensors[name], offset, out)
         while len(view):
-            count = os.preadv(self._fd, [view], position)
+            try:
+                count = os.preadv(self.descriptor, [view], position)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             if not count:
                 raise ValueError(f"{self.path}: ends inside {name}; was it rewritten?")
             view, position = view[count:], position + count
 
+    def check_unchanged(self) -> None:
+        """Raises ValueError where the file was written to since it was opened, or where another
+        has its name now: what was read is neither the old content nor the new."""
+        stats = [os.fstat(self.descriptor)]
+        if self.path.exists():
+            stats.append(os.stat(self.path))
+        if any(_identity(stat) != _identity(self._opened) for stat in stats):
+            raise ValueError(f"{self.path} was rewritten while it was read")
+
     def close(self) -> None:
-        os.close(self._fd)
+        os.close(self.descriptor)
 
     def __enter__(self) -> Self:
         return self
@@ -88,23 +103,60 @@ class SafetensorsFile:
         self.close()
 
 
-def _read_header(fd: int) -> dict[str, Tensor]:
-    file_size = os.fstat(fd).st_size
-    prefix = os.pread(fd, 8, 0)
+class SafetensorsBytes:
+    """The same of a file's content that is in memory."""
+
+    def __init__(self, name: str, content: bytes):
+        """Raises ValueError, with this name, where the header is not sound."""
+        self.path = pathlib.Path(name)
+        self._content = content
+        try:
+            self.tensors = _read_header(
+                len(content), lambda count, start: content[start : start + count]
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def read_into(self, name: str, offset: int, out: np.ndarray) -> None:
+        """As `SafetensorsFile.read_into`."""
+        view, position = _destination(self.tensors[name], offset, out)
+        view[:] = memoryview(self._content)[position : position + len(view)]
+
+    def check_unchanged(self) -> None:
+        """Nobody else has it."""
+
+    def close(self) -> None:
+        pass
+
+
+def _destination(tensor: Tensor, offset: int, out: np.ndarray) -> tuple[memoryview, int]:
+    """The bytes of `out`, and where in the file they begin."""
+    assert out.flags.c_contiguous and out.dtype == tensor.dtype
+    assert offset >= 0 and offset + out.nbytes <= tensor.nbytes
+    return memoryview(out.reshape(-1).view(np.uint8)), tensor.start + offset
+
+
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _read_header(size: int, pread: Callable[[int, int], bytes]) -> dict[str, Tensor]:
+    """The tensors of `size` bytes; `pread` gives so many of them from a position on."""
+    prefix = pread(8, 0)
     if len(prefix) < 8:
         raise ValueError("too short for a header")
     (length,) = struct.unpack("<Q", prefix)
-    if length > min(MAX_HEADER_BYTES, file_size - 8):
-        raise ValueError(f"header of {length} bytes in a file of {file_size}")
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise ValueError(f"header of {length} bytes in a file of {size}")
     try:
-        entries = json.loads(os.pread(fd, length, 8), object_pairs_hook=_without_duplicates)
+        entries = json.loads(pread(length, 8), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"header is not JSON: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError("header is no JSON object")
     entries.pop("__metadata__", None)
     tensors = {name: _parse_entry(name, entry, 8 + length) for name, entry in entries.items()}
-    _check_coverage(tensors, 8 + length, file_size)
+    _check_coverage(tensors, 8 + length, size)
     return tensors
 
 

@@ -6,7 +6,7 @@ views: (checkpoint name, parameter, index). Loading reads each tensor straight i
 
 import concurrent.futures
 import dataclasses
-import json
+import functools
 import math
 import pathlib
 import threading
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxserve.models.safetensors_file import SafetensorsFile, Tensor
+from jaxserve.models.checkpoint import Checkpoint
 
-INDEX_FILE = "model.safetensors.index.json"
+Index = tuple[slice, ...]
 READERS = 4  # threads: pread leaves the GIL, and one thread does not saturate a fast disk
 
 
@@ -64,60 +64,8 @@ def checkpoint_tensors(params: nnx.State) -> dict[str, np.ndarray]:
     }
 
 
-class Checkpoint:
-    """The safetensors files of a folder, opened, and which of them holds each tensor."""
-
-    def __init__(self, folder: str | pathlib.Path):
-        """Raises FileNotFoundError where a file is missing, ValueError where one is not sound."""
-        self.folder = pathlib.Path(folder)
-        self.files: list[SafetensorsFile] = []
-        try:
-            for path in _shard_paths(self.folder):
-                self.files.append(SafetensorsFile(path))
-        except BaseException:
-            self.close()
-            raise
-        self._file_of = {name: file for file in self.files for name in file.tensors}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def names(self) -> Iterable[str]:
-        return self._file_of.keys()
-
-    def file_of(self, name: str) -> SafetensorsFile:
-        return self._file_of[name]
-
-    def tensor(self, name: str) -> Tensor:
-        return self._file_of[name].tensors[name]
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
-
-
-def _shard_paths(folder: pathlib.Path) -> list[pathlib.Path]:
-    index = folder / INDEX_FILE
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            outside = [name for name in names if pathlib.PurePath(name).name != name]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index} has no usable weight_map: {error}") from error
-        if outside:
-            raise ValueError(f"{index} names files outside its folder: {outside}")
-        paths = [folder / name for name in names]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise FileNotFoundError(f"Cannot find any model weights with `{folder}`")
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
-    return paths
-
-
-def check(checkpoint: Checkpoint, abstract: nnx.State) -> None:
-    """Compares names, shapes and dtypes from the headers alone.
+def check(checkpoint: Checkpoint, abstract: nnx.State, *, is_partial: bool = False) -> None:
+    """Compares names, shapes and dtypes from the headers alone; `is_partial` may lack tensors.
 
     Raises:
       ValueError: names every difference (of each sort, the first eight).
@@ -130,7 +78,8 @@ def check(checkpoint: Checkpoint, abstract: nnx.State) -> None:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             problems.append(f"{what}: {', '.join(names[:8])}{more}")
 
-    report("missing", [name for name in wanted if name not in checkpoint])
+    missing = [name for name in wanted if name not in checkpoint]
+    report("missing", [] if is_partial else missing)
     report("not in the model", [n for n in checkpoint.names() if _is_extra(n, wanted)])
     present = [view for view in wanted.values() if view.name in checkpoint]
     report(
@@ -159,6 +108,70 @@ def _is_extra(name: str, wanted: dict[str, View]) -> bool:
     return not (name == "lm_head.weight" and "model.embed_tokens.weight" in wanted)
 
 
+class ParamReader:
+    """Reads parameters, block by block, out of a checkpoint that has passed `check`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        abstract: nnx.State,
+        on_tensor: Callable[[View, np.ndarray], None] = lambda view, values: None,
+        on_bytes: Callable[[pathlib.Path, int], None] = lambda path, count: None,
+    ):
+        """Args:
+          abstract: from `create_model`; its leaves are numbered as `jax.tree.leaves` orders them.
+          on_tensor: called with each part of a tensor that has been read, in its place.
+          on_bytes: called with a file and a number of bytes as they arrive.
+
+        Both may be called from several threads, if `read` is.
+        """
+        self._checkpoint, self._on_tensor, self._on_bytes = checkpoint, on_tensor, on_bytes
+        self._leaves = [(tuple(path), leaf) for path, leaf in nnx.to_flat_state(abstract)]
+        self._parts: dict[tuple, list[View]] = {}
+        for view in views(abstract):
+            self._parts.setdefault(view.path, []).append(view)
+
+    def read(self, number: int, index: Index, base: np.ndarray | None = None) -> np.ndarray:
+        """The block `index` of a leaf, assembled from the tensors that meet it, in the leaf's
+        dtype. What the checkpoint lacks stays as in `base`, which is the block until now.
+
+        Raises ValueError, OSError: a file cannot be read to its end.
+        """
+        path, leaf = self._leaves[number]
+        bounds = [cut.indices(size)[:2] for cut, size in zip(index, leaf.shape, strict=True)]
+        shape = [stop - start for start, stop in bounds]
+        out = np.empty(shape, leaf.dtype) if base is None else np.array(base)
+        for view in self._parts[path]:
+            if base is not None and view.name not in self._checkpoint:
+                continue
+            starts = [cut.indices(n)[0] for cut, n in zip(view.index, leaf.shape, strict=False)]
+            starts += [0] * (len(bounds) - len(starts))
+            box, place = [], []
+            for start, size, (low, high) in zip(starts, view.part_shape, bounds, strict=True):
+                first, last = max(low, start), min(high, start + size)
+                box.append((first - start, last - start))
+                place.append(slice(first - low, last - low))
+            if all(last > first for first, last in box):
+                part = out[tuple(place)]
+                _read_box(self._checkpoint, view, box, part, self._on_bytes)
+                self._on_tensor(view, part)
+        return out
+
+    def is_complete(self, number: int) -> bool:
+        """Whether the checkpoint has all of a leaf."""
+        path, _ = self._leaves[number]
+        return all(view.name in self._checkpoint for view in self._parts[path])
+
+    def leaves_with(self, names: Iterable[str]) -> list[int]:
+        """The numbers of the leaves that hold any of these tensors."""
+        names = set(names)
+        return [
+            number
+            for number, (path, _) in enumerate(self._leaves)
+            if any(view.name in names for view in self._parts[path])
+        ]
+
+
 def load_params(
     checkpoint: Checkpoint,
     abstract: nnx.State,
@@ -179,40 +192,19 @@ def load_params(
     leaves = nnx.to_flat_state(abstract)
     where = dict(nnx.to_flat_state(shardings)) if shardings is not None else {}
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    parts: dict[tuple, list[View]] = {}
-    for view in views(abstract):
-        parts.setdefault(view.path, []).append(view)
-    report = on_bytes or (lambda path, count: None)
+    reader = ParamReader(checkpoint, abstract, on_bytes=on_bytes or (lambda path, count: None))
 
-    def load(path, leaf):
-        def read_shard(index):
-            return _read_shard(checkpoint, parts[tuple(path)], leaf, index, report)
-
+    def load(number: int):
+        path, leaf = leaves[number]
         sharding = where[path].get_value() if path in where else default
-        return leaf.replace(jax.make_array_from_callback(leaf.shape, sharding, read_shard))
+        read = functools.partial(reader.read, number)
+        return leaf.replace(jax.make_array_from_callback(leaf.shape, sharding, read))
 
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-        arrays = list(pool.map(lambda item: load(*item), leaves))
+        arrays = list(pool.map(load, range(len(leaves))))
     return nnx.from_flat_state(
         {tuple(path): array for (path, _), array in zip(leaves, arrays, strict=True)}
     )
-
-
-def _read_shard(checkpoint, parts: list[View], leaf, index, report) -> np.ndarray:
-    """The block `index` of a parameter, assembled from the checkpoint tensors that meet it."""
-    bounds = [cut.indices(size)[:2] for cut, size in zip(index, leaf.shape, strict=True)]
-    out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-    for view in parts:
-        starts = [cut.indices(n)[0] for cut, n in zip(view.index, leaf.shape, strict=False)]
-        starts += [0] * (len(bounds) - len(starts))
-        box, place = [], []
-        for start, size, (low, high) in zip(starts, view.part_shape, bounds, strict=True):
-            first, last = max(low, start), min(high, start + size)
-            box.append((first - start, last - start))
-            place.append(slice(first - low, last - low))
-        if all(last > first for first, last in box):
-            _read_box(checkpoint, view, box, out[tuple(place)], report)
-    return out
 
 
 def _read_box(checkpoint, view: View, box: list[tuple[int, int]], out: np.ndarray, report) -> None:

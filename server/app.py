@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from typing import Any
 
 from sanic import Request, Sanic
 from sanic.exceptions import SanicException
@@ -10,14 +11,36 @@ from sanic.response import HTTPResponse
 from jaxserve.config import ServerConfig
 from jaxserve.errors import EngineDied, RequestError
 from jaxserve.frontend import Frontend
-from jaxserve.server import bodies, control, generate, info, openai
+from jaxserve.server import bodies, control, generate, info, openai, weights
 
 logger = logging.getLogger("jaxserve.server.access")
+NEW_WORK = {"/generate", *weights.PATHS}  # refused while the server ends
+
+
+class _Request(Request):
+    """Sanic makes a second request of one that it cannot read, to answer it: not of the same URL,
+    which may be what it cannot read."""
+
+    def __init__(self, url_bytes: bytes, *arguments: Any, method: str, **options: Any):
+        url_bytes = b"*" if method == "NONE" else url_bytes
+        super().__init__(url_bytes, *arguments, method=method, **options)
+
+
+class _App(Sanic):
+    """Knows how many calls are under way, from the head of a request to the end of its answer."""
+
+    async def handle_request(self, request: Request) -> None:
+        self.ctx.num_calls += 1
+        try:
+            await super().handle_request(request)
+        finally:
+            self.ctx.num_calls -= 1
 
 
 def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
     """An application that answers from `frontend`. Names are unique, so tests may make several."""
-    app = Sanic(f"jaxserve-{uuid.uuid4().hex[:8]}", configure_logging=False)
+    name = f"jaxserve-{uuid.uuid4().hex[:8]}"
+    app = _App(name, configure_logging=False, request_class=_Request)
     app.config.FALLBACK_ERROR_FORMAT = "json"
     app.config.REQUEST_MAX_SIZE = config.max_request_bytes
     app.config.RESPONSE_TIMEOUT = float("inf")  # a long generation is no fault
@@ -25,7 +48,8 @@ def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
     app.config.AUTO_EXTEND = False
     app.ctx.frontend = frontend
     app.ctx.is_stopping = False
-    for module in (generate, info, control, openai):
+    app.ctx.num_calls = 0
+    for module in (generate, info, control, openai, weights):
         app.blueprint(module.blueprint.copy(module.blueprint.name))
     app.error_handler.add(Exception, _on_error)
     app.register_middleware(_refuse_when_stopping, "request")
@@ -35,22 +59,20 @@ def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
 
 def _on_error(request: Request, error: Exception) -> HTTPResponse:
     if isinstance(error, RequestError):
-        return bodies.error(str(error), error.status, error.param)
+        return bodies.error(str(error), error.status, error.param, error.headers)
     if isinstance(error, EngineDied):
         return bodies.error(str(error), 500)
     if isinstance(error, SanicException):
-        response = bodies.error(str(error), error.status_code)
-        response.headers.update(getattr(error, "headers", None) or {})
-        return response
+        headers = getattr(error, "headers", None)
+        return bodies.error(str(error), error.status_code, headers=headers)
     logger.error("%s %s failed", request.method, request.path, exc_info=error)
     return bodies.error("Internal Server Error", 500)
 
 
 async def _refuse_when_stopping(request: Request) -> HTTPResponse | None:
-    if request.app.ctx.is_stopping and request.path == "/generate":
-        response = bodies.error("the server is shutting down", 503)
-        response.headers["Connection"] = "close"
-        return response
+    if request.app.ctx.is_stopping and request.path in NEW_WORK:
+        request.stream.keep_alive = False
+        return bodies.error("the server is shutting down", 503)
     return None
 
 

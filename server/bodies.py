@@ -1,6 +1,7 @@
 """JSON in and out, and what an error looks like."""
 
 import http
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -23,6 +24,20 @@ def read_json(request: Request) -> Any:
         raise RequestError(f"the body must be JSON, but {what}") from error
 
 
+def read_optional(request: Request) -> dict[str, Any]:
+    """The body, empty where there is none.
+
+    Raises:
+      RequestError: it is no JSON object.
+    """
+    body = read_json(request) if request.body else None
+    if body is None:
+        return {}
+    if not isinstance(body, dict):
+        raise RequestError("the body must be a JSON object")
+    return body
+
+
 def json(content: Any, status: int = 200) -> HTTPResponse:
     return raw(msgspec.json.encode(content), status=status, content_type="application/json")
 
@@ -37,12 +52,20 @@ def empty(status: int = 200) -> HTTPResponse:
 
 def error_content(message: str, status: int, param: str | None = None) -> dict[str, Any]:
     """The same for every route, and for the last event of a stream."""
+    message = message.encode(errors="replace").decode()  # it may repeat a header that is no text
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "code": status, "param": param}}
 
 
-def error(message: str, status: int, param: str | None = None) -> HTTPResponse:
-    return json(error_content(message, status, param), status)
+def error(
+    message: str,
+    status: int,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> HTTPResponse:
+    response = json(error_content(message, status, param), status)
+    response.headers.update(headers or {})
+    return response
 
 
 def phrase(status: int) -> str:

@@ -1,20 +1,19 @@
 """The command line, made from the fields of `ServerConfig`."""
 
 import argparse
-import dataclasses
 import sys
-import types
-import typing
-from typing import Any
 
 import jaxserve
 from jaxserve.config import ServerConfig
+from jaxserve.flags import add_flags, take
 from jaxserve.server.ignored_flags import IGNORED
 
 USAGE = """usage: jaxserve COMMAND [OPTIONS]
 
 commands:
   serve      serve a model over HTTP (jaxserve serve --help)
+  replay     execute a recorded run again and compare its tokens (jaxserve replay --help)
+  bench      measure an engine or a server (jaxserve bench --help)
 
 options:
   --version  print the version
@@ -26,6 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command == "serve":
         return serve(rest)
+    if command == "replay":
+        from jaxserve.replay import main as replay  # it loads jax
+
+        return replay(rest)
+    if command == "bench":
+        from jaxserve.bench.cli import main as bench  # it may load the engine, which loads jax
+
+        return bench(rest)
     if command in ("--version", "-V"):
         print(f"jaxserve {jaxserve.__version__}")
         return 0
@@ -47,7 +54,7 @@ def parse(arguments: list[str]) -> tuple[ServerConfig, list[str]]:
     values = vars(parser.parse_args(arguments))
     ignored = [flag for flag in IGNORED if values.pop(_dest(flag), None) is not None]
     try:
-        return ServerConfig(**values), ignored
+        return take(ServerConfig, values), ignored
     except ValueError as error:
         parser.error(str(error))
 
@@ -58,42 +65,10 @@ def make_parser() -> argparse.ArgumentParser:
         description="Serve a model over HTTP: SGLang's native API, from JAX.",
         epilog="Flags have SGLang's names and meaning.",
     )
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for field in dataclasses.fields(ServerConfig):
-        title = field.metadata["group"]
-        group = groups.setdefault(title, parser.add_argument_group(title))
-        _add(group, field)
+    add_flags(parser, ServerConfig)
     for flag in IGNORED:
         parser.add_argument(flag, dest=_dest(flag), nargs="*", default=None, help=argparse.SUPPRESS)
     return parser
-
-
-def _add(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
-    flags = ["--" + field.name.replace("_", "-"), *field.metadata["aliases"]]
-    kind, text = _value_type(field.type), field.metadata["help"].replace("%", "%%")
-    options: dict[str, Any] = {"dest": field.name}
-    if kind is bool:
-        options["action"] = "store_true"
-    else:
-        options["type"] = kind
-        options["metavar"] = field.name.rsplit("_", 1)[-1].upper()
-        if field.metadata["choices"]:
-            options["choices"] = field.metadata["choices"]
-            options["metavar"] = None
-        if field.default is dataclasses.MISSING:
-            options["required"] = True
-        else:
-            options["default"] = field.default
-            if field.default is not None:
-                text += f" (default: {field.default})"
-    group.add_argument(*flags, help=text, **options)
-
-
-def _value_type(annotation: Any) -> type:
-    """`int` of `int | None`."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
-    return annotation
 
 
 def _dest(flag: str) -> str:

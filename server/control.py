@@ -1,4 +1,5 @@
-"""What changes the server's state."""
+"""What changes the server's state. Not from another site's page: a browser sends its request, with
+all that the user may do, and only keeps the answer from it."""
 
 import asyncio
 
@@ -14,6 +15,21 @@ FLUSHED = (
     "(When there are running or waiting requests, the operation will not be performed.)\n"
 )
 POLL_SECONDS = 0.05
+
+
+@blueprint.on_request
+async def refuse_other_sites(request: Request) -> None:
+    """Whoever is no browser sends neither header, and no page can forge them."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site is not None:
+        is_ours = site in ("same-origin", "none")
+    else:
+        host = request.headers.get("host", "")
+        is_ours = origin is None or origin.partition("://")[2].lower() == host.lower()
+    if not is_ours:
+        raise RequestError(
+            f"{request.path} is refused to pages of another origin ({origin or site})", status=403
+        )
 
 
 @blueprint.route("/flush_cache", methods=["GET", "POST"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import importlib.metadata
 import sys
 import time
 import uuid
@@ -34,12 +35,12 @@ async def model_info(request: Request) -> HTTPResponse:
         {
             **_model_names(frontend),
             "preferred_sampling_params": config.preferred_sampling_params,
-            "weight_version": config.weight_version,
+            "weight_version": frontend.state.weight_version,
             "has_image_understanding": False,
             "has_audio_understanding": False,
             "model_type": info.model_type,
             "architectures": [info.architecture],
-            "served_model_name": config.model_name,
+            "served_model_name": frontend.state.model_name,
             "load_format": config.load_format,
         }
     )
@@ -55,7 +56,8 @@ async def get_server_info(request: Request) -> HTTPResponse:
         {
             **dataclasses.asdict(frontend.config),
             **_model_names(frontend),
-            "served_model_name": frontend.config.model_name,
+            "served_model_name": frontend.state.model_name,
+            "weight_version": frontend.state.weight_version,
             "launch_command": " ".join(sys.argv),
             "status": "ready",
             "dtype": info.dtype,
@@ -70,8 +72,14 @@ async def get_server_info(request: Request) -> HTTPResponse:
             "max_total_num_tokens": info.max_total_num_tokens,
             "max_req_input_len": info.max_req_len - RESERVED,
             "startup_time": info.startup_seconds,
+            "num_weight_updates": frontend.state.num_updates,
+            "is_paused": frontend.state.is_paused,
+            "released_memory": frontend.state.released,
+            "fault": frontend.state.fault,
             "internal_states": [state],
+            "vocab_size": info.vocab_size,
             "version": jaxserve.__version__,
+            "jax_version": importlib.metadata.version("jax"),
         }
     )
 
@@ -85,6 +93,8 @@ async def health(request: Request) -> HTTPResponse:
     if app.ctx.is_stopping:
         return bodies.empty(503)
     began = time.monotonic()
+    if frontend.state.is_paused or frontend.state.refusal:
+        return await _health_without_generating(frontend)
     body = {
         "rid": f"HEALTH_CHECK_{uuid.uuid4().hex}",
         "input_ids": [0],
@@ -104,10 +114,22 @@ async def health(request: Request) -> HTTPResponse:
         frontend.abandon(answers)
 
 
+async def _health_without_generating(frontend: Frontend) -> HTTPResponse:
+    """An engine that may not generate is well if it answers."""
+    try:
+        async with asyncio.timeout(HEALTH_SECONDS):
+            await asyncio.wrap_future(frontend.call("internal_state"))
+    except (EngineDied, TimeoutError):
+        return bodies.empty(503)
+    return bodies.empty()
+
+
 @blueprint.get("/ready")
 async def ready(request: Request) -> HTTPResponse:
     """Whether new requests are wanted: without asking the engine."""
-    return bodies.empty(503 if request.app.ctx.is_stopping else 200)
+    state = request.app.ctx.frontend.state
+    is_unwanted = request.app.ctx.is_stopping or state.is_paused or state.refusal
+    return bodies.empty(503 if is_unwanted else 200)
 
 
 @blueprint.get("/ping")
@@ -119,7 +141,7 @@ async def ping(request: Request) -> HTTPResponse:
 def _model_names(frontend: Frontend) -> dict[str, object]:
     config = frontend.config
     return {
-        "model_path": config.model_path,
+        "model_path": frontend.state.model_path,
         "tokenizer_path": config.tokenizer_path or config.model_path,
         "is_generation": True,
     }

@@ -7,9 +7,11 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable, Iterator
 
 import uvloop
 from sanic import Sanic
+from sanic.server.async_server import AsyncioServer
 
 from jaxserve import logs
 from jaxserve.client import EngineClient
@@ -20,6 +22,7 @@ from jaxserve.server.app import create_app
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.05
+LAST_WORDS_SECONDS = 1.0  # for the answers of those who are ended to be written
 SMALL_CONTEXT = 63  # tokens; below it the usual first request may not fit
 WARM_UP = {"max_new_tokens": 8, "temperature": 0.0}
 
@@ -30,36 +33,45 @@ def run(config: ServerConfig, ignored_flags: list[str]) -> int:
     for flag in ignored_flags:
         logger.warning("%s has no meaning for JAX; it is ignored", flag)
     try:
-        listener = bind(config.host, config.port)
-    except OSError as error:
-        logger.error("cannot listen on %s:%d: %s", config.host, config.port, error.strerror)
-        return 1
-    logger.info("server_args=%s", config)
-    with listener:
-        try:
+        with bind(config.host, config.port) as listener:
+            logger.info("server_args=%s", config)
             return uvloop.run(_serve(config, listener))
-        except OSError as error:
-            logger.error("cannot listen on %s:%d: %s", config.host, config.port, error.strerror)
-            return 1
-        except ValueError as error:
-            logger.error("cannot start: %s", error)
-            return 1
+    except CannotListen as error:
+        logger.error("cannot listen on %s:%d: %s", config.host, config.port, error)
+    except (ValueError, OSError) as error:
+        logger.error("cannot start: %s", error)
+    return 1
+
+
+class CannotListen(Exception):
+    """No such address, or none that this process may have."""
 
 
 def bind(host: str, port: int) -> socket.socket:
     """Takes the port at once, so that one in use fails in a second; nobody listens yet, so that
-    clients are refused, not kept waiting, while the model loads."""
-    family, *_, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
+    clients are refused, not kept waiting, while the model loads. Raises CannotListen."""
+    with _listening():
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
     return listener
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CannotListen(error.strerror) from error
+    except UnicodeError as error:  # of a host that no name can be
+        raise CannotListen(str(error)) from error
 
 
 async def _serve(config: ServerConfig, listener: socket.socket) -> int:
@@ -76,7 +88,8 @@ async def _serve(config: ServerConfig, listener: socket.socket) -> int:
         )
         await server.startup()
         await server.before_start()
-        listener.listen()  # uvloop would not raise where another has taken the port meanwhile
+        with _listening():
+            listener.listen()  # uvloop would not raise where another has taken the port meanwhile
         await server.start_serving()
         await server.after_start()
         if not config.skip_server_warmup:
@@ -84,7 +97,7 @@ async def _serve(config: ServerConfig, listener: socket.socket) -> int:
         logger.info("The server is fired up and ready to roll!")
         print(banner(client, config.host, listener.getsockname()[1]), file=sys.stderr, flush=True)
         await _first(stop.wait(), client.died.wait())
-        await _drain(app, client, config.shutdown_timeout)
+        await _drain(app, client, lambda: _num_open(app, server), config.shutdown_timeout)
         await server.before_stop()
         await server.close()
         await server.after_stop()
@@ -135,17 +148,31 @@ async def _first(*awaitables) -> None:
             task.cancel()
 
 
-async def _drain(app: Sanic, client: EngineClient, seconds: float) -> None:
-    """No new work; what runs may finish until the deadline, and is ended then."""
+def _num_open(app: Sanic, server: AsyncioServer) -> int:
+    """Calls that are under way, and answers that the network has not taken yet."""
+    transports = [connection.transport for connection in server.connections]
+    unsent = sum(bool(one and one.get_write_buffer_size()) for one in transports)
+    return max(app.ctx.num_calls, unsent)
+
+
+async def _drain(
+    app: Sanic, client: EngineClient, num_open: Callable[[], int], seconds: float
+) -> None:
+    """No new work; what is under way may finish until the deadline, and is ended then."""
     app.ctx.is_stopping = True
+    await _until(lambda: not num_open() or client.died.is_set(), seconds)
+    if num_open() and not client.died.is_set():
+        logger.warning("ending %d requests at the deadline", num_open())
+        client.die(EngineDied("the server is shutting down"))
+    await _until(lambda: not num_open(), LAST_WORDS_SECONDS)
+
+
+async def _until(holds: Callable[[], bool], seconds: float) -> None:
+    """Returns when it holds, or when the time is up."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            while client.num_live and not client.died.is_set():
+            while not holds():
                 await asyncio.sleep(POLL_SECONDS)
-    if client.num_live:
-        logger.warning("ending %d requests at the deadline", client.num_live)
-        client.die(EngineDied("the server is shutting down"))
-        await asyncio.sleep(POLL_SECONDS)  # for the answers to be written
 
 
 async def warm_up(frontend: Frontend) -> None:

@@ -28,7 +28,7 @@ async def get_model(request: Request, name: str) -> HTTPResponse:
 
 
 def _model(frontend: Frontend) -> dict[str, Any]:
-    name = frontend.config.model_name
+    name = frontend.state.model_name
     return {
         "id": name,
         "object": "model",

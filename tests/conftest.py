@@ -14,7 +14,10 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # No shapes to check (or an abstract protocol's), and beartype cannot do `typing.Self` in a method.
 NO_SHAPES = {
+    "jaxserve.models.checkpoint",
     "jaxserve.models.config",
+    "jaxserve.models.fuse",
+    "jaxserve.models.sharding",
     "jaxserve.models.interface",
     "jaxserve.models.registry",
     "jaxserve.models.safetensors_file",
@@ -29,7 +32,9 @@ def modules(package: str, folder: pathlib.Path) -> set[str]:
 
 
 MODELS = modules("jaxserve.models", ROOT / "models")
-JITTED = {f"jaxserve.{name}" for name in ("paged_attention", "programs", "sampling", "state")}
+JITTED = {
+    f"jaxserve.{name}" for name in ("paged_attention", "programs", "sampling", "state", "step")
+}
 CHECKED = modules("pallas_kernels", ROOT / "pallas_kernels") | (MODELS - NO_SHAPES) | JITTED
 jaxtyping.install_import_hook(sorted(CHECKED), "beartype.beartype")
 
@@ -45,6 +50,7 @@ hypothesis.settings.load_profile("jaxserve")
 
 def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_num_cpu_devices", 2)  # for meshes; what asks for none uses the first
     if config.pluginmanager.has_plugin("cacheprovider"):
         folder = config.cache.mkdir("jaxserve-programs")  # as tests.server.serving has it
         jax.config.update("jax_compilation_cache_dir", str(folder))

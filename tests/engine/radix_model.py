@@ -14,8 +14,16 @@ from collections.abc import Hashable
 from itertools import pairwise
 
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.radix_cache import TOKEN_BYTES, Match, Node, RadixCache
@@ -42,19 +50,23 @@ class Running:
     lock: Lock
     copy: tuple[Lock, Match] | None  # a donor's page, not copied yet
     num_written: int  # tokens whose keys and values are in the pages
+    is_old: bool = False  # some of them were written before all was forgotten
 
 
 class RadixMachine(RuleBasedStateMachine):
     cache_type = RadixCache
+    num_examples = 0
 
     @initialize(page_size=st.sampled_from((1, 2, 4, 16)), num_pages=st.integers(4, 12))
     def start(self, page_size: int, num_pages: int):
+        type(self).num_examples += 1
         self.page_size = page_size
         self.allocator = PageAllocator(num_pages + 1)
         self.cache = self.cache_type(page_size, self.allocator)
         self.running: list[Running] = []
         self.locks: list[Lock] = []
         self.written: dict[tuple[int, int], tuple] = {}  # page, slot -> namespace, tokens so far
+        self.old: set[int] = set()  # pages that were forgotten while they were locked
         self.used: dict[int, int] = {}  # page -> when
         self.now = 0
 
@@ -123,6 +135,8 @@ class RadixMachine(RuleBasedStateMachine):
         """A chunk of prefill that other requests may use before this one ends."""
         self.step(index, count)
         request = self.running[index % len(self.running)]
+        if request.is_old:
+            return
         match = self.insert(request, is_running=True)
         assert match.num_tokens == len(match.pages) * self.page_size
         before = request.lock
@@ -133,6 +147,9 @@ class RadixMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(index=st.integers(0, MAX_RUNNING))
     def finish(self, index: int):
+        if self.running[index % len(self.running)].is_old:
+            self.abort(index)
+            return
         request = self.running.pop(index % len(self.running))
         self.give_up_copy(request)
         stop = -(-request.num_written // self.page_size)
@@ -170,6 +187,15 @@ class RadixMachine(RuleBasedStateMachine):
             if gone.issuperset(node.pages):
                 with pytest.raises(ValueError):
                     self.cache.lock(node)
+
+    @precondition(lambda self: self.now % 8 == 7)  # seldom: it ends what else could be seen
+    @rule()
+    def forget(self):
+        self.cache.forget()
+        assert self.cached_pages() == self.locked_pages(), "what nobody uses is free at once"
+        self.old = self.cached_pages()
+        for request in self.running:
+            request.is_old = True
 
     @precondition(lambda self: self.locked_pages() or self.now > 40)
     @rule()
@@ -221,6 +247,7 @@ class RadixMachine(RuleBasedStateMachine):
             assert node.parent.lock_count >= node.lock_count
         cached, locked = self.cached_pages(), self.locked_pages()
         assert locked <= cached
+        assert self.old & cached <= locked, "what is forgotten goes with its last lock"
         assert self.cache.total_pages == len(cached)
         assert self.cache.protected_pages == len(locked)
         assert self.cache.evictable_pages == len(cached - locked)
@@ -288,8 +315,8 @@ class RadixMachine(RuleBasedStateMachine):
         return sum(page in lock.pages for lock in self.locks)
 
     def prefixes(self) -> dict[int, tuple]:
-        """For each cached page its namespace and the tokens up to its last one."""
-        cached = self.cached_pages()
+        """For each page that can be matched its namespace and the tokens up to its last one."""
+        cached = self.cached_pages() - self.old
         prefixes = {}
         for (page, _), (namespace, tokens) in self.written.items():
             if page in cached and len(tokens) > len(prefixes.get(page, ("", ()))[1]):
@@ -368,6 +395,7 @@ class RadixMachine(RuleBasedStateMachine):
             return None
         self.evict(max(missing, 0))
         pages = self.allocator.allocate(count)
+        self.old -= set(pages)
         self.written = {key: value for key, value in self.written.items() if key[0] not in pages}
         return pages
 
@@ -384,3 +412,23 @@ def tokens_of(node: Node) -> tuple[tuple[int, ...], Hashable]:
 def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     size = min(len(a), len(b))
     return next((i for i in range(size) if a[i] != b[i]), size)
+
+
+def run_shadow(cache_type: type[RadixCache], most: int) -> None:
+    """So many examples, or until one fails; the same in every run."""
+    machine = type("Machine", (RadixMachine,), {"cache_type": cache_type, "num_examples": 0})
+    try:
+        run_state_machine_as_test(machine, settings=settings(UNTIL_CAUGHT, max_examples=most))
+    finally:
+        print(f"{machine.num_examples} examples")
+
+
+UNTIL_CAUGHT = settings(
+    stateful_step_count=40,
+    phases=[Phase.generate],
+    derandomize=True,
+    database=None,
+    deadline=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)

@@ -50,6 +50,14 @@ def test_generates(engine):
     assert list(answer) == ["text", "output_ids", "meta_info"]
 
 
+def test_knows_what_its_programs_need(engine):
+    """The hungriest holds at least the scores of its rows, and never a second KV cache."""
+    needed, info = engine._core._runner.program_bytes, engine._core.info
+    print(f"{needed / 1e6:.2f} MB of temporary arrays, {info.kv_cache_bytes / 1e6:.2f} MB of cache")
+    scores = info.max_running_requests * info.vocab_size * 4
+    assert scores <= needed < info.kv_cache_bytes
+
+
 def test_batch_is_a_list_in_order(engine):
     texts = [QUESTION, LONG, "Once upon a time", QUESTION, "Kenya", QUESTION]
     answers = engine.generate(texts, MORE)
@@ -106,6 +114,26 @@ def test_slow_reader_gets_what_it_missed_in_one_piece(engine):
     rest = list(answers)
     print(f"{len(first['output_ids'])} token, then {[len(a['output_ids']) for a in rest]}")
     assert len(rest) <= 2 and len(rest[-1]["output_ids"]) == 100
+
+
+def test_throughput_does_not_count_the_time_without_work(engine):
+    """The log's window of forty decode steps goes on after a pause."""
+
+    def throughput() -> float:
+        return engine._frontend.call("internal_state").result()["last_gen_throughput"]
+
+    for _ in range(40):
+        before = throughput()
+        engine.generate(QUESTION, MORE | {"max_new_tokens": 3})
+        if throughput() != before:
+            break  # a window has just begun
+    began = time.monotonic()
+    engine.generate(QUESTION, MORE | {"max_new_tokens": 31})
+    seconds = time.monotonic() - began
+    time.sleep(1)
+    engine.generate(QUESTION, MORE | {"max_new_tokens": 16})
+    print(f"{throughput():.0f} tokens/s after a pause, 30 in {seconds:.2f} s before it")
+    assert throughput() > 0.2 * 30 / seconds
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])

@@ -10,6 +10,7 @@ import pytest
 
 from jaxserve.client import EngineClient
 from jaxserve.config import EngineConfig
+from jaxserve.engine_process import configure_jax
 from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
 from jaxserve.messages import Call, Reply
@@ -66,10 +67,11 @@ def test_engine_that_fails_ends_everything_that_waits_for_it(config):
         while not (await asyncio.wrap_future(client.call("internal_state")))["num_running_reqs"]:
             pass
         await client._socket.send(b"no message")  # the engine cannot but fail
-        words = rf"the engine process \(pid {engine}\) ended with exit code 1"
+        words = "the engine failed: ValidationError: Expected `object`, got `int`"
         with pytest.raises(EngineDied, match=words):
             await waiting
         await asyncio.wait_for(client.died.wait(), 5)
+        wait_for(lambda: not is_running(engine), 5)
         with pytest.raises(EngineDied, match=words):
             client.submit(*client.prepare(BODY))
         with pytest.raises(EngineDied, match=words):
@@ -92,6 +94,16 @@ def test_engine_that_cannot_start_says_why_and_ends(config, tmp_path):
         wait_for(lambda: not any(is_running(pid) for pid in started), 5)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "given,used", [(None, "0"), ("3", "3"), ("2,3", "2"), ("GPU-8932,GPU-77", "GPU-8932"), ("", "")]
+)
+def test_one_gpu_is_used_the_first_that_the_user_lets_it_see(config, monkeypatch, given, used):
+    monkeypatch.setattr(os, "environ", {} if given is None else {"CUDA_VISIBLE_DEVICES": given})
+    configure_jax(config)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == used
+    assert os.environ["JAX_PLATFORMS"] == "cpu", "as --device says"
 
 
 def test_reply_to_someone_who_has_left_harms_nobody(config):

@@ -20,14 +20,24 @@ def model(**changes) -> ModelConfig:
     )
 
 
-def plan(model_config=None, *, weights=GB, device=10 * GB, rows=8, is_cpu=False, **options):
+def plan(
+    model_config=None,
+    *,
+    weights=GB,
+    device=10 * GB,
+    rows=8,
+    is_cpu=False,
+    state_bytes=0,
+    **options,
+):
     return plan_memory(
-        EngineConfig(model_path="x", **options),
+        EngineConfig(**{"model_path": "x", "weight_reload": "host"} | options),
         model_config or model(),
         weight_bytes=weights,
         device_bytes=device,
         max_rows=rows,
         is_cpu=is_cpu,
+        state_bytes=state_bytes,
     )
 
 
@@ -85,6 +95,58 @@ def test_weights_that_do_not_fit_name_the_flag(device):
 def test_no_room_for_one_page_names_the_flag():
     with pytest.raises(ValueError, match=r"no room for one page .*raise --mem-fraction-static"):
         plan(device=int((GB + TOKEN_BYTES) / 0.88), page_size=16)
+
+
+def test_programs_must_fit_into_what_is_left():
+    made = plan(mem_fraction_static=0.9, page_size=16)
+    made.check_programs(made.scratch_bytes)
+    with pytest.raises(ValueError) as refused:
+        made.check_programs(int(1.5 * GB))
+    print(refused.value)
+    assert "the programs need 1.50 GB beside weights and KV cache" in str(refused.value)
+    assert "--mem-fraction-static leaves 1.00 GB: lower it to 0.85," in str(refused.value)
+    plan(mem_fraction_static=0.85, page_size=16).check_programs(int(1.5 * GB))
+
+
+def test_nothing_is_left_for_programs_at_a_fraction_of_one():
+    made = plan(mem_fraction_static=1.0, page_size=1)
+    assert made.scratch_bytes < made.page_bytes
+    with pytest.raises(ValueError, match=r"lower it to 0\.99,"):
+        made.check_programs(10**6)
+
+
+def test_state_is_no_room_for_programs():
+    with_state, without = plan(state_bytes=GB), plan()
+    assert with_state.kv_cache_bytes < without.kv_cache_bytes - 0.99 * GB
+    assert abs(with_state.scratch_bytes - without.scratch_bytes) < 2 * with_state.page_bytes
+
+
+def test_aside_keeps_room_for_a_second_copy():
+    made, without = plan(weight_reload="aside", page_size=1), plan(page_size=1)
+    print(made)
+    assert (made.weight_reload, made.reload_bytes) == ("aside", GB)
+    assert abs(without.kv_cache_bytes - made.kv_cache_bytes - GB) <= TOKEN_BYTES
+    assert plan(weight_reload="in-place", page_size=1).num_pages == without.num_pages
+
+
+@pytest.mark.parametrize(
+    "options,way",
+    [
+        ({}, "aside"),
+        ({"weights": 2 * GB}, "host"),
+        ({"device": int(4.9 * GB)}, "host"),
+        # The tokens asked for fit beside one copy, not beside two.
+        ({"max_total_tokens": 7 * GB // TOKEN_BYTES}, "host"),
+        ({"max_total_tokens": 6 * GB // TOKEN_BYTES}, "aside"),
+    ],
+)
+def test_auto_is_aside_for_weights_below_a_fifth_of_the_device(options, way):
+    assert plan(weight_reload="auto", page_size=1, **options).weight_reload == way
+
+
+def test_no_room_for_two_copies_names_the_flag():
+    with pytest.raises(ValueError, match=r"two copies .* 2\.00 GB, .*--weight-reload host"):
+        plan(weight_reload="aside", device=2 * GB)
 
 
 def test_same_configuration_gives_the_same_plan():

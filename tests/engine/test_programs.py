@@ -44,24 +44,36 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def compiled() -> Runner:
+    return make_runner()
+
+
+def make_runner(runner_type: type[Runner] = Runner) -> Runner:
     config = ModelConfig.from_dict(CONFIG)
     shape = StateShape(
         max_rows=MAX_ROWS,
         pages_per_row=PAGES_PER_ROW,
         max_steps=NUM_STEPS,
+        max_tokens=8,
         num_layers=config.num_layers,
         num_pages=NUM_PAGES,
         page_size=PAGE_SIZE,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
         dtype=jnp.dtype(config.dtype),
     )
     sizes = (MAX_ROWS,)
     buckets = Buckets(
-        decode_rows=sizes, extend_rows=sizes, extend_tokens=(8,), patch_lines=sizes, copies=sizes
+        decode_rows=sizes,
+        extend_rows=sizes,
+        extend_tokens=(8,),
+        patch_lines=sizes,
+        copies=sizes,
+        decode_steps=(1, NUM_STEPS),
+        scores=4,
     )
-    return Runner(*create_model(config, key=jax.random.key(0)), shape, buckets)
+    return runner_type(*create_model(config, key=jax.random.key(0)), shape, buckets)
 
 
 @pytest.fixture
@@ -100,7 +112,7 @@ def extend(chunks: dict[int, list[int]], patch: bytes = b"", copies: bytes = b""
         *(*tokens, *[0] * (8 - len(tokens))),
     ]
     packed = np.array(forward, np.int32).tobytes()
-    return StepPlan(0, "extend", 8, MAX_ROWS, 1, "greedy", packed, patch, copies)
+    return StepPlan(0, "extend", 8, MAX_ROWS, 1, "greedy", packed, patch, copies=copies)
 
 
 def decode(num_steps: int = 1, patch: bytes = b"") -> StepPlan:
@@ -109,7 +121,8 @@ def decode(num_steps: int = 1, patch: bytes = b"") -> StepPlan:
 
 def execute(runner: Runner, plan: StepPlan) -> list[list[list[int]]]:
     """By step and row: the token, and what became of the row."""
-    return runner.read(runner.dispatch(plan)).tolist()
+    drawn = runner.read(runner.dispatch(plan)).drawn
+    return [[row[:2] for row in step] for step in drawn]
 
 
 def column(runner: Runner, name: str, row: int) -> list[int]:
@@ -145,14 +158,16 @@ def test_every_program_leaves_every_leaf_of_the_state_where_it_is(compiled):
     num_leaves = len(jax.tree.leaves(compiled._state))
     assert len(compiled._programs) > 8
     for key, program in compiled._programs.items():
-        if key == ("peek",):
+        if key[0] in ("peek", "score"):
             continue
-        first = len(compiled._weights) if key[-1] is True else 0
-        assert aliases(program.as_text()) == {i: first + i for i in range(num_leaves)}, key
+        found = aliases(program.as_text())
+        first = found[0]  # after the weights that the program reads
+        assert found == {i: first + i for i in range(num_leaves)}, key
 
 
 def test_a_copy_of_the_output_shares_no_buffer(compiled):
-    assert "input_output_alias" not in compiled._programs["peek",].as_text().partition("\n")[0]
+    for key in (("peek", "out"), ("peek", "tops"), ("score", True, True)):
+        assert "input_output_alias" not in compiled._programs[key].as_text().partition("\n")[0]
 
 
 def test_no_program_needs_a_second_cache(compiled):
@@ -220,6 +235,18 @@ def test_copies_read_before_they_write(runner):
     np.testing.assert_array_equal(after[:, :, [6, 5]], before[:, :, [5, 6]])
 
 
+def test_donor_is_copied_before_its_next_owner_writes(runner):
+    """Eviction may give a page away in the very step that copies it."""
+    alone = run_greedy(runner, 1)
+    before = kv(runner)
+    both = patch(line(0, pages=[1]), line(1, seq_len=3, pages=[30, 31]))
+    out = execute(runner, extend({0: [7, 7, 7], 1: PROMPT[3:]}, both, copies([(1, 30, 3)])))
+    after = kv(runner)
+    assert not (after[:, :, 1] == before[:, :, 1]).all(), "the next owner has written"
+    np.testing.assert_allclose(after[:, :, 30:32], before[:, :, 1:3], rtol=1e-5, atol=1e-6)
+    assert out[0][1][0] == alone[0]
+
+
 def test_request_that_continues_a_copied_page_computes_the_same(runner):
     alone = run_greedy(runner, 3)
     again = patch(line(1, seq_len=4, pages=[1, 20, 21, 22]), batch=[1])
@@ -282,6 +309,22 @@ def test_pages_that_held_what_is_not_finite_can_be_used_again(runner):
     assert [out[0][0], *(execute(runner, decode())[0][0] for _ in range(2))] == [
         [token, RUNNING] for token in alone
     ]
+
+
+def test_padding_writes_to_the_trash_page_alone(runner):
+    lengths = {0: 3, 1: 2}
+    chunks = {row: PROMPT[:length] for row, length in lengths.items()}
+    execute(runner, extend(chunks, patch(line(0), line(1))))
+    together = kv(runner)
+    for row in lengths:
+        runner.reset()
+        execute(runner, extend({row: chunks[row]}, patch(line(row), batch=[row])))
+        page = 1 + row * PAGES_PER_ROW
+        alone = kv(runner)[:, :, page]
+        np.testing.assert_allclose(together[:, :, page], alone, rtol=1e-5, atol=1e-6)
+        together[:, :, page] = 0
+    assert not together[:, :, 1:].any()
+    assert together[:, :, 0].any(), "padding has been written"
 
 
 def test_trash_row_never_runs(runner):

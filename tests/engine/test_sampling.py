@@ -9,13 +9,23 @@ import pytest
 from jaxserve import sampling
 from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.step_plan import pack_sampling
+from jaxserve.step_plan import NO_TOKEN, TOPS_PARTS, pack_extras, pack_sampling
 
 NUM_DRAWS = 20_000
 LOGITS = np.array([1.2, -0.7, 3.0, 2.9, 0.1, -4.0, 2.2, 0.1, 1.9, -1.0], np.float32)
 
-sample = jax.jit(sampling.sample)
-keep_top = jax.jit(sampling.keep_top)
+
+@jax.jit
+def sample(logits, packed, positions):
+    rows = sampling.Rows.unpack(packed)
+    return sampling.draw(sampling.keep_top(sampling.scale(logits, rows), rows), rows, positions)
+
+
+def keep_top(logits, packed) -> np.ndarray:
+    """Which tokens may be drawn."""
+    rows = sampling.Rows.unpack(jnp.tile(packed, (len(logits), 1)))
+    kept = jax.jit(sampling.keep_top)(jnp.asarray(logits), rows)
+    return np.asarray(kept) > -np.inf
 
 
 def pack(seed: int = 0, **fields) -> np.ndarray:
@@ -30,8 +40,8 @@ def draw(logits, packed, positions) -> np.ndarray:
     return np.asarray(sample(jnp.array(logits), jnp.array(packed), jnp.array(positions)))
 
 
-def reference(logits, temperature=1.0, top_k=-1, top_p=1.0) -> np.ndarray:
-    """Probabilities: top-k and top-p both cut the full distribution, sorted."""
+def reference(logits, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0) -> np.ndarray:
+    """Probabilities: top-k, top-p and min-p all cut the full distribution, sorted."""
     scaled = np.asarray(logits, np.float64) / temperature
     probabilities = np.exp(scaled - scaled.max())
     probabilities /= probabilities.sum()
@@ -40,6 +50,7 @@ def reference(logits, temperature=1.0, top_k=-1, top_p=1.0) -> np.ndarray:
     is_kept = before <= top_p
     if top_k > 0:
         is_kept &= np.arange(len(order)) < top_k
+    is_kept &= probabilities[order] >= min_p * probabilities.max()
     lowest = probabilities[order][is_kept].min()
     probabilities[probabilities < lowest] = 0
     return probabilities / probabilities.sum()
@@ -51,7 +62,7 @@ def assert_drawn_from(tokens: np.ndarray, expected: np.ndarray) -> None:
     wanted = expected[expected > 0] * len(tokens)
     chi_square = ((counts[expected > 0] - wanted) ** 2 / wanted).sum()
     freedom = len(wanted) - 1
-    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5, f"{counts} instead of {wanted.round()}"
+    assert chi_square <= freedom + 4 * (2 * freedom) ** 0.5, f"{counts} instead of {wanted.round()}"
 
 
 SETTINGS = [
@@ -67,6 +78,9 @@ SETTINGS = [
     {"top_k": 7, "top_p": 0.6},
     {"temperature": 2.0, "top_k": 6, "top_p": 0.8},
     {"temperature": 0.3, "top_p": 0.8},
+    {"min_p": 0.3},
+    {"min_p": 0.9},
+    {"temperature": 3.0, "min_p": 0.2, "top_p": 0.95, "top_k": 8},
 ]
 
 
@@ -151,10 +165,8 @@ def test_next_seed_is_not_the_next_position():
     assert (this[1:] == next_[:-1]).mean() < 0.2
 
 
-def kept(logits, top_k=-1, top_p=1.0) -> list[int]:
-    row = jnp.array([logits], jnp.float32)
-    mask = keep_top(row, jnp.array([top_k], jnp.int32), jnp.array([top_p], jnp.float32))
-    return np.flatnonzero(mask[0]).tolist()
+def kept(logits, **fields) -> list[int]:
+    return np.flatnonzero(keep_top(np.float32([logits]), pack(**fields))[0]).tolist()
 
 
 # Of these, and of the sums of their halves, the softmax is exact: 1/2, 1/4, 1/8, 1/8.
@@ -195,20 +207,14 @@ def test_ties_at_the_boundary_stay_together():
 
 def test_top_p_of_one_keeps_all_although_the_masses_do_not_add_up_to_one():
     logits = np.random.default_rng(0).standard_normal((20, 5000)).astype(np.float32) * 3
-    mask = keep_top(jnp.array(logits), jnp.full(20, -1, jnp.int32), jnp.ones(20))
-    assert mask.all()
+    assert keep_top(logits, pack()).all()
 
 
 @pytest.mark.parametrize("fields", SETTINGS, ids=str)
 def test_best_token_always_stays(fields):
     logits = np.random.default_rng(0).standard_normal((50, 300)).astype(np.float32) * 5
-    options = {"top_k": -1, "top_p": 1.0} | fields
-    mask = keep_top(
-        jnp.array(logits),
-        jnp.full(50, options["top_k"], jnp.int32),
-        jnp.full(50, options["top_p"], jnp.float32),
-    )
-    assert np.asarray(mask)[np.arange(50), logits.argmax(axis=1)].all()
+    mask = keep_top(logits, pack(**fields))
+    assert mask[np.arange(50), logits.argmax(axis=1)].all()
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e30])
@@ -218,3 +224,95 @@ def test_extreme_temperatures_draw_tokens(temperature):
         assert set(tokens) == {LOGITS.argmax()}
     else:
         assert_drawn_from(tokens, np.full(10, 0.1))
+
+
+# Bias, penalties and the least length.
+
+
+def adjusted(logits, counts, banned=(), position=50, prompt_length=1, **fields) -> np.ndarray:
+    """The scores of one row whose output holds each token `counts` times."""
+    fields = SamplingParams.parse(fields)
+    request = Request("r", [1] * prompt_length, fields, 128, 0)
+    rows = sampling.Rows.unpack(jnp.asarray(pack_sampling(request)[None]))
+    extras = pack_extras(0, request, banned)[None, 1:]
+    extras = sampling.Extras.unpack(jnp.asarray(extras), rows.has_extras)
+    lines = jnp.float32([logits]), jnp.int32([counts])
+    return np.asarray(jax.jit(sampling.adjust)(*lines, rows, extras, jnp.int32([position]))[0])
+
+
+COUNTS = [0, 1, 5, 0, 2, 0, 0, 1, 0, 3]
+PENALTIES = [
+    {},
+    {"frequency_penalty": 0.7},
+    {"frequency_penalty": -2.0},
+    {"presence_penalty": 1.3},
+    {"presence_penalty": -0.4},
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.5},
+    {"logit_bias": {"0": 3.5, "9": -100.0}},
+    {
+        "repetition_penalty": 1.2,
+        "frequency_penalty": 0.3,
+        "presence_penalty": -0.2,
+        "logit_bias": {"4": 1.0},
+    },
+]
+
+
+@pytest.mark.parametrize("fields", PENALTIES, ids=str)
+def test_scores_are_penalised_by_the_output_so_far(fields):
+    expected, counts = LOGITS.astype(np.float64), np.array(COUNTS)
+    repetition = fields.get("repetition_penalty", 1.0)
+    penalised = np.where(expected > 0, expected / repetition, expected * repetition)
+    expected = np.where(counts > 0, penalised, expected)
+    expected -= fields.get("frequency_penalty", 0) * counts
+    expected -= fields.get("presence_penalty", 0) * (counts > 0)
+    for token, bias in fields.get("logit_bias", {}).items():
+        expected[int(token)] += bias
+    np.testing.assert_allclose(adjusted(LOGITS, COUNTS, **fields), expected, rtol=1e-6)
+
+
+def test_without_options_scores_keep_every_bit():
+    """The same row draws the same token beside neighbours that ask for more."""
+    np.testing.assert_array_equal(adjusted(LOGITS, COUNTS), LOGITS)
+
+
+@pytest.mark.parametrize("position,is_banned", [(3, True), (6, True), (7, False), (50, False)])
+def test_no_stop_before_the_least_length(position, is_banned):
+    """`position` counts the prompt: of 3 tokens here, and 4 are to follow before a stop."""
+    scores = adjusted(
+        LOGITS, COUNTS, banned=(2, 5), position=position, prompt_length=3, min_new_tokens=4
+    )
+    expected = LOGITS.copy()
+    expected[[2, 5]] = -np.inf if is_banned else expected[[2, 5]]
+    np.testing.assert_array_equal(scores, expected)
+
+
+def test_extras_of_an_earlier_request_in_the_row_are_not_taken():
+    request = Request("r", [1], SamplingParams.parse({"logit_bias": {"3": 9.0}}), 128, 0)
+    left = pack_extras(0, request, [5])[None, 1:]
+    extras = sampling.Extras.unpack(jnp.asarray(left), jnp.array([False]))
+    assert (np.asarray(extras.bias_ids) == NO_TOKEN).all()
+    assert (np.asarray(extras.banned_ids) == NO_TOKEN).all()
+
+
+# Logprobs.
+
+
+@pytest.mark.parametrize("vocab_size", [10, 300])
+def test_tops_hold_the_best_tokens_and_those_asked_for(vocab_size):
+    logits = np.random.default_rng(0).standard_normal((4, vocab_size)).astype(np.float32) * 4
+    expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+    probe_ids = np.full((4, TOPS_PARTS[2]), NO_TOKEN, np.int32)
+    probe_ids[:, :2] = 7, 0
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    packed = np.asarray(jax.jit(sampling.pack_tops)(logprobs, probe_ids))
+    ids, values, probes = np.split(packed, np.cumsum(TOPS_PARTS)[:-1], axis=1)
+    values, probes = (np.ascontiguousarray(one).view(np.float32) for one in (values, probes))
+    count = min(TOPS_PARTS[0], vocab_size)
+    np.testing.assert_array_equal(ids[:, :count], np.argsort(-logits, axis=1)[:, :count])
+    np.testing.assert_allclose(values[:, :count], -np.sort(-expected, axis=1)[:, :count], atol=1e-5)
+    assert (values[:, count:] == -np.inf).all()
+    np.testing.assert_allclose(probes[:, :2], expected[:, [7, 0]], atol=1e-5)
+    chosen = sampling.logprobs_of(logprobs, jnp.asarray(ids[:, 0]))
+    np.testing.assert_array_equal(chosen, values[:, 0])

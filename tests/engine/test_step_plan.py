@@ -23,6 +23,7 @@ from jaxserve.step_plan import (
     NUM_STOP_IDS,
     PATCH_HEADER,
     RUNNING,
+    SAMPLERS,
     SAMPLING_START,
     STOPPED,
     StepPlan,
@@ -30,6 +31,7 @@ from jaxserve.step_plan import (
     pack_sampling,
 )
 from jaxserve.stop_checker import StopChecker
+from tests.engine.scheduling import result
 
 MAX_ROWS, PAGE_SIZE, PAGES_PER_ROW, MAX_PREFILL = 6, 4, 10, 12
 TRASH, WIDTH = MAX_ROWS, PATCH_HEADER + PAGES_PER_ROW
@@ -70,7 +72,7 @@ class Engine:
         schedule = self.scheduler.schedule()
         plan = self.builder.build(schedule)
         drawn = [(5, RUNNING)] * schedule.num_steps
-        self.scheduler.update(schedule, dict.fromkeys(range(MAX_ROWS), drawn))
+        self.scheduler.update(schedule, result(dict.fromkeys(range(MAX_ROWS), drawn)))
         return schedule, plan
 
 
@@ -254,7 +256,7 @@ def test_sampler_is_greedy_only_where_every_row_is():
     engine.add("a", 2, GREEDY), engine.add("b", 2, SamplingParams(top_k=1))
     assert engine.step()[1].sampler == "greedy"
     engine.add("c", 2, SAMPLED, max_new_tokens=1)
-    assert engine.step()[1].sampler == "plain"
+    assert engine.step()[1].sampler == "full", "top_p"
     assert engine.step()[1].sampler == "greedy"
 
 
@@ -299,7 +301,7 @@ def test_plan_unpacks_to_the_schedule(requests, num_steps, num_decode_steps):
         ]
         assert not any(map(any, copies[len(schedule.copies) :]))
         drawn = [(5, RUNNING)] * schedule.num_steps
-        engine.scheduler.update(schedule, dict.fromkeys(rows, drawn))
+        engine.scheduler.update(schedule, result(dict.fromkeys(rows, drawn)))
 
 
 def check_forward(schedule: Schedule, plan: StepPlan) -> None:
@@ -324,10 +326,14 @@ def check_forward(schedule: Schedule, plan: StepPlan) -> None:
         num_tokens=st.integers(0, 2**31 - 1),
         num_rows=st.integers(0, 2**31 - 1),
         num_steps=st.integers(1, 64),
-        sampler=st.sampled_from(["greedy", "plain"]),
+        sampler=st.sampled_from(SAMPLERS),
         forward=st.binary(max_size=64),
         patch=st.binary(max_size=64),
+        extras=st.binary(max_size=64),
+        counts=st.binary(max_size=64),
         copies=st.binary(max_size=64),
+        scores=st.binary(max_size=64),
+        wants_tops=st.booleans(),
     )
 )
 def test_plan_survives_msgpack(plan):
@@ -351,10 +357,24 @@ def test_sampling_packs_floats_as_bits():
     packed = sampling_of(temperature=0.7, top_p=0.3, top_k=40)
     assert packed.dtype == np.int32 and packed.shape == (NUM_SAMPLING,)
     assert packed[:2].view(np.float32).tolist() == [np.float32(0.7), np.float32(0.3)]
-    assert packed[2] == 40 and not packed[5:].any()
+    assert packed[2] == 40
 
 
-@pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"temperature": 5e-7}, {"top_k": 1}])
+def test_sampling_packs_penalties_and_the_least_length():
+    packed = sampling_of(
+        min_p=0.1,
+        frequency_penalty=-0.5,
+        presence_penalty=1.5,
+        repetition_penalty=1.25,
+        min_new_tokens=1,
+    )
+    floats = [np.float32(value) for value in (0.1, -0.5, 1.5, 1.25)]
+    assert packed[5:9].view(np.float32).tolist() == floats
+    assert packed[9:].tolist() == [2, 1], "after a prompt of one token; extras say what is banned"
+    assert sampling_of()[9:].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"temperature": 5e-7}])
 def test_greedy_sampling_is_packed_as_temperature_zero(fields):
     assert sampling_of(**fields)[:1].view(np.float32) == 0.0
 

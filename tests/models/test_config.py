@@ -7,6 +7,7 @@ import pytest
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import ARCHITECTURES
+from jaxserve.models.rope import inverse_frequencies
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -69,7 +70,13 @@ def test_dtype_goes_before_torch_dtype():
     assert read(dtype="float32", torch_dtype="float16").dtype == "float32"
 
 
-SCALING = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 128}
+SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 128,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 
 
 def test_rope_in_both_spellings():
@@ -112,6 +119,67 @@ def test_unknown_rope_type_lists_the_known_ones():
 def test_rope_scaling_needs_a_factor(rope_type):
     with pytest.raises(ValueError, match=f"rope_type '{rope_type}' needs a factor"):
         read(rope_scaling={"rope_type": rope_type})
+
+
+@pytest.mark.parametrize("name", ["low_freq_factor", "high_freq_factor"])
+def test_llama3_needs_its_frequencies(name):
+    with pytest.raises(ValueError, match=f"rope_type 'llama3' needs a {name}"):
+        read(rope_scaling=without(SCALING, name))
+    with pytest.raises(ValueError, match=f"rope_type 'llama3' needs a {name}"):
+        read(rope_parameters=SCALING | {name: None})
+
+
+def test_llama3_needs_two_different_frequencies():
+    with pytest.raises(ValueError, match="low_freq_factor 4.0 is not below high_freq_factor 4.0"):
+        read(rope_scaling=SCALING | {"low_freq_factor": 4.0})
+
+
+ROPE_NUMBERS = (
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
+
+
+@pytest.mark.parametrize("value", ["1", -1.0, True, [1.0], {}, float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("name", ROPE_NUMBERS)
+def test_rope_option_must_be_a_positive_number(name, value):
+    for rope_type in ("llama3", "yarn", "default"):
+        with pytest.raises(ValueError, match=f"config.json: {name} is .* needs a positive number"):
+            read(rope_scaling=SCALING | {"rope_type": rope_type, name: value})
+
+
+@pytest.mark.parametrize("value", [1, "yes", []], ids=str)
+def test_rope_truncate_must_be_true_or_false(value):
+    with pytest.raises(ValueError, match="config.json: truncate is"):
+        read(rope_scaling=SCALING | {"rope_type": "yarn", "truncate": value})
+
+
+def test_no_mscale_may_be_written_as_nought():
+    """As DeepSeek has it."""
+    rope = read(rope_scaling=SCALING | {"rope_type": "yarn", "mscale_all_dim": 0.0}).rope
+    assert rope.mscale_all_dim is None
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0},
+        {"rope_type": "dynamic", "factor": 1e308, "rope_theta": 1e300},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 1e-320},
+        {"rope_type": "default", "rope_theta": 1e-320},
+        {"rope_type": "linear", "factor": 1e-320},
+    ],
+    ids=str,
+)
+def test_rope_without_frequencies_is_refused(scaling):
+    config = read(rope_parameters=scaling, head_dim=64)
+    with pytest.raises(ValueError, match=f"no frequencies follow from .*{scaling['rope_type']}"):
+        inverse_frequencies(config.rope, 64, 10**6)
 
 
 @pytest.mark.parametrize("place", [{}, {"rope_scaling": {"partial_rotary_factor": 0.5}}])

@@ -12,11 +12,10 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from jaxserve.models.checkpoint import INDEX_FILE, Checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import ARCHITECTURES, create_model
 from jaxserve.models.weights import (
-    INDEX_FILE,
-    Checkpoint,
     ShardProgress,
     check,
     checkpoint_tensors,

@@ -4,6 +4,8 @@ import dataclasses
 import re
 import subprocess
 
+import pytest
+
 from jaxserve.config import ServerConfig
 from tests.server.serving import DEMO_MODEL, GREEDY, generate, wait_for
 
@@ -112,6 +114,8 @@ def test_get_server_info_has_the_options_the_limits_and_the_state(client):
     (state,) = info["internal_states"]
     assert state["last_gen_throughput"] >= 0
     assert state["effective_max_running_requests_per_dp"] == 4
+    assert state["compiled_at_start"] > 10
+    assert state["compiled_after_ready"] == state["traced_after_ready"] == 0
     assert state["memory_usage"]["token_capacity"] == info["max_total_num_tokens"]
     same = client.get("/server_info").json()
     assert same.keys() == info.keys()
@@ -144,6 +148,37 @@ def test_flush_cache_by_post_and_get(server, client):
             "running or waiting requests, the operation will not be performed.)\n"
         )
         assert matches(STAMP + r"Cache flushed successfully!$", server.output[before:])
+
+
+def test_update_weights_from_disk(server, client):
+    before = len(server.output)
+    response = client.post("/update_weights_from_disk", json={"model_path": DEMO_MODEL})
+    assert response.status_code == 200
+    assert response.json()["success"] is True
+    assert response.json()["message"] == "Succeeded to update model weights."
+    lines = [
+        STAMP + r"Start update_weights\. Load format=auto$",
+        STAMP + r"Update engine weights online from disk begin\. avail mem=\d+\.\d\d GB$",
+        STAMP + r"Update weights end\.",
+        STAMP + r"Cache flushed successfully!$",
+        r'"POST /update_weights_from_disk HTTP/1\.1" 200 OK$',
+    ]
+    wait_for(lambda: matches(lines[-1], server.output[before:]), 5)
+    found = [matches(line, server.output[before:]) for line in lines]
+    assert all(len(one) == 1 for one in found), server.output[before:]
+    assert sorted(found, key=lambda one: one[0].start()) == found
+
+
+@pytest.mark.parametrize("name", ["qwen/qwen2.5-0.5b-instruct-wrong", f"{DEMO_MODEL}-wrong"])
+def test_update_weights_from_disk_with_a_wrong_name(server, client, name):
+    before = len(server.output)
+    response = client.post("/update_weights_from_disk", json={"model_path": name})
+    assert response.status_code == 400
+    words = f"Failed to get weights iterator: {name} (repository not found)."
+    assert response.json() == {"success": False, "message": words, "num_paused_requests": 0}
+    assert matches(STAMP + re.escape(words) + "$", server.output[before:])
+    assert client.get("/model_info").json()["model_path"] == DEMO_MODEL
+    test_model_knows_the_capital_of_france(client)
 
 
 def test_curl_line_of_the_banner_works_as_it_is_printed(server):

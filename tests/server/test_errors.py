@@ -1,6 +1,7 @@
 """What a caller can do wrong: each is refused in words, and nobody else notices."""
 
 import json
+import socket
 import threading
 
 import pytest
@@ -76,7 +77,13 @@ BAD_PROMPTS = [
     (ids([2**63]), "input_ids", "out-of-vocabulary"),
     (ids([5] * 4091), "input_ids", "Input length (4091 tokens) exceeds the maximum allowed length"),
     (ids([5] * 4096), "input_ids", "(4096 tokens) is longer than the model's context length (4096"),
-    (body(text="a " * 90_000), "input_ids", "is longer than the model's context length"),
+    (body(text="a " * 4_100), "text", "is longer than the model's context length (4096 tokens)"),
+    (body(text="a " * 90_000), "text", "(180000 characters) is longer than the model's context"),
+    (
+        body(text=["a", "漢字" * (1 << 19)]),
+        "text",
+        "(1048576 characters) is longer than the model's",
+    ),
     (body(text=["a", "b"], input_ids=[[1]]), "input_ids", "2 texts"),
     (body(text=["a"], input_ids=[1]), "input_ids", "list of token ids"),
 ]
@@ -124,17 +131,46 @@ BAD_PARAMS = [
     (params(sampling_seed=2**63), "sampling_seed", "sampling_seed"),
     (params(sampling_seed=HUGE), "sampling_seed", "sampling_seed"),
     (params(sampling_seed=1.5), "sampling_params", "sampling_seed"),
+    (params(min_p=2), "min_p", "got 2"),
+    (params(frequency_penalty=-3), "frequency_penalty", "[-2, 2]"),
+    (params(presence_penalty=3), "presence_penalty", "[-2, 2]"),
+    (params(repetition_penalty=0), "repetition_penalty", "(0, 2]"),
+    (params(min_new_tokens=3, max_new_tokens=2), "min_new_tokens", "max_new_tokens(2)"),
+    (params(logit_bias={"1024": 1.0}), "logit_bias", "[0, 1023], got 1024"),
+    (params(logit_bias={"-1": 1.0}), "logit_bias", "[0, 1023], got -1"),
+    (params(logit_bias={"x": 1.0}), "sampling_params", "logit_bias"),
+    (params(n=65), "n", "from 1 to 64"),
+    (params(n=True), "n", "from 1 to 64"),
+    (params(n=[2]), "n", "from 1 to 64"),
+    (body(text=["a"] * 9, sampling_params={"n": 32}), "n", "at most 256 answers"),
+    (body(text=["a", "b"], sampling_params=[{"n": 2}, {"n": 3}]), "n", "should be the same"),
+]
+BAD_LOGPROBS = [
+    (body(return_logprob=1), "return_logprob", "boolean"),
+    (body(return_logprob=[True]), "return_logprob", "1 values of return_logprob for 1 prompts"),
+    (body(text=["a", "b"], return_logprob=[True]), "return_logprob", "for 2 prompts"),
+    (body(return_logprob=True, logprob_start_len=-2), "logprob_start_len", "got -2"),
+    (body(return_logprob=True, logprob_start_len=50), "logprob_start_len", "is higher than"),
+    (body(return_logprob=True, top_logprobs_num=21), "top_logprobs_num", "from 0 to 20"),
+    (body(return_logprob=True, top_logprobs_num=1.0), "top_logprobs_num", "integer"),
+    (body(return_logprob=True, token_ids_logprob=[1024]), "token_ids_logprob", "id 1024"),
+    (body(return_logprob=True, token_ids_logprob=[[1]]), "token_ids_logprob", "flat list"),
+    (body(return_logprob=True, token_ids_logprob=[1] * 129), "token_ids_logprob", "at most 128"),
+    (
+        body(
+            text=["a", "b"],
+            return_logprob=True,
+            top_logprobs_num=[1, 2],
+            sampling_params={"n": 2},
+        ),
+        "top_logprobs_num",
+        "Cannot use list top_logprobs_num with parallel_sample_num > 1",
+    ),
+    (body(return_text_in_logprobs="x"), "return_text_in_logprobs", "boolean"),
 ]
 NOT_SERVED = [
     (params(**{name: value}), name, f"{name} is not supported by this server yet")
     for name, value in {
-        "n": 2,
-        "min_p": 0.1,
-        "frequency_penalty": 0.5,
-        "presence_penalty": -0.5,
-        "repetition_penalty": 1.1,
-        "min_new_tokens": 3,
-        "logit_bias": {"5": 1.0},
         "stop_regex": "a+",
         "json_schema": "{}",
         "regex": "a+",
@@ -148,9 +184,6 @@ NOT_SERVED = [
         "input_embeds": [[0.0]],
         "image_data": "x",
         "audio_data": "x",
-        "return_logprob": True,
-        "top_logprobs_num": 3,
-        "token_ids_logprob": [1],
         "return_hidden_states": True,
         "lora_path": "x",
         "session_params": {"id": "x"},
@@ -169,7 +202,21 @@ OTHER_FIELDS = [
     (body(text=["a", "b"], rid=["x", 5]), "rid", "string"),
     (body(text=["a", "b"], rid=["x", "x"]), "rid", "Duplicate request IDs detected within"),
 ]
-BAD = BROKEN_BODIES + BAD_PROMPTS + BAD_PARAMS + NOT_SERVED + OTHER_FIELDS
+NESTED = b"[" * 900 + b"]" * 900
+# What is repeated to the sender must be short, whatever was sent.
+LARGE = [
+    (body(stream="x" * 10**6), "stream", "stream must be a boolean, got 'xxx"),
+    (body(priority="x" * 10**6), "priority", "32-bit integer"),
+    (body(return_logprob="x" * 10**6), "return_logprob", "boolean"),
+    (params(n="x" * 10**6), "n", "n must be an integer"),
+    (params(**{"x" * 10**6: 1}), "sampling_params", "unknown field"),
+    (b'{"text": "a", "stream": ' + NESTED + b"}", "stream", "boolean"),
+    (b'{"text": "a", "priority": ' + NESTED + b"}", "priority", "32-bit integer"),
+    (b'{"text": "a", "sampling_params": {"n": ' + NESTED + b"}}", "n", "n must be an integer"),
+    (b'{"text": "a", "priority": ' + b"1" * 4000 + b"}", "priority", "32-bit integer"),
+    (b'{"text": "a", "priority": ' + b"1" * 5000 + b"}", None, "JSON"),
+]
+BAD = BROKEN_BODIES + BAD_PROMPTS + BAD_PARAMS + BAD_LOGPROBS + NOT_SERVED + OTHER_FIELDS + LARGE
 
 
 @pytest.mark.parametrize("content,param,words", BAD, ids=[str(row[0][:60]) for row in BAD])
@@ -183,6 +230,14 @@ def test_bad_body_is_refused_in_words(client, content, param, words):
     assert error["param"] == param
     assert (error["code"], error["type"]) == (400, "invalid_request_error")
     assert len(error["message"]) < 1000, "the message does not repeat the whole body"
+
+
+def test_key_given_twice_has_its_last_value(client):
+    twice = b'{"text": 5, "stream": "x", "text": "a", "stream": false, "sampling_params": {"n": 0'
+    few = b', "n": 1, "max_new_tokens": 9, "max_new_tokens": 2, "ignore_eos": true}}'
+    response = client.post("/generate", content=twice + few)
+    assert response.status_code == 200, response.text
+    assert response.json()["meta_info"]["completion_tokens"] == 2
 
 
 def test_empty_text_is_refused(client):
@@ -236,6 +291,76 @@ def test_wrong_path_or_method_is_an_error_in_json(client, method, path, status):
     assert response.json()["error"]["message"]
     if status == 405:
         assert response.headers["allow"]
+
+
+def send(url: str, request: bytes) -> bytes:
+    """The head of the answer, and what of its body has come with it."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(request)
+        received = connection.recv(1 << 16)
+        return received if b"\r\n\r\n" in received else received + connection.recv(1 << 16)
+
+
+STRANGE = {
+    b"GET http://[::1/generate HTTP/1.1\r\nHost: x\r\n\r\n": (400, b"Bad URL"),
+    b"GET http://x:99999999/ HTTP/1.1\r\nHost: x\r\n\r\n": (400, b"Bad URL"),
+    b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n": (400, b"Bad URL"),
+    b"GET /\x00 HTTP/1.1\r\nHost: x\r\n\r\n": (400, b"Bad URL"),
+    b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n": (400, b"US-ASCII"),
+    b"P\xff /generate HTTP/1.1\r\nHost: x\r\n\r\n": (405, b"not allowed"),
+    b"GET /flush_cache HTTP/1.1\r\nHost: x\r\nOrigin: \xff\r\n\r\n": (403, b"another origin"),
+    b"GET /flush_cache?timeout=%ff HTTP/1.1\r\nHost: x\r\n\r\n": (400, b"timeout must be"),
+    b"GET /nope HTTP/1.1\r\nHost: \xff:port\r\nCookie: \xff\r\n\r\n": (404, b"not found"),
+    b"\x16\x03\x01\x02\r\n\r\n": (400, b"Bad Request"),
+}
+
+
+@pytest.mark.parametrize("request_bytes", STRANGE, ids=lambda sent: ascii(sent[:40]))
+def test_request_that_is_none_is_answered_in_json(server, request_bytes):
+    status, words = STRANGE[request_bytes]
+    before = len(server.output)
+    head, _, content = send(server.url, request_bytes).partition(b"\r\n\r\n")
+    print(head, content)
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"content-type: application/json" in head
+    assert words in content and json.loads(content)["error"]["code"] == status
+    assert "Traceback" not in server.output[before:]
+
+
+OTHER_SITES = [
+    {"Origin": "http://evil.example"},
+    {"Origin": "https://127.0.0.1"},
+    {"Origin": "null"},
+    {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "cross-site"},  # an image of a page, say
+    {"Sec-Fetch-Site": "same-site"},
+]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("headers", OTHER_SITES, ids=str)
+def test_page_of_another_site_changes_nothing(server, client, method, headers):
+    before = len(server.output)
+    response = client.request(method, "/flush_cache", headers=headers)
+    print(response.text)
+    assert response.status_code == 403
+    assert "is refused to pages of another origin" in response.json()["error"]["message"]
+    assert "flushed" not in server.output[before:]
+
+
+def test_own_page_and_programs_may_change_what_they_like(server, client):
+    host = server.url.removeprefix("http://")
+    for headers in (
+        {},
+        {"Origin": server.url},
+        {"Origin": f"https://{host}"},  # behind a proxy that ends TLS
+        {"Origin": server.url, "Sec-Fetch-Site": "same-origin"},
+        {"Origin": "https://proxy.example", "Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},  # typed by the user
+        {"Origin": "HTTP://LOCALHOST:8000", "Host": "localhost:8000"},
+    ):
+        assert client.post("/flush_cache", headers=headers).status_code == 200, headers
 
 
 def test_body_over_the_limit_is_413(client):

@@ -1,7 +1,9 @@
 """How a server ends, told to or not: each test ends one of its own."""
 
 import contextlib
+import hashlib
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -11,6 +13,7 @@ import httpx
 import pytest
 
 from tests.server.serving import (
+    DEMO_MODEL,
     GREEDY,
     children,
     generate,
@@ -23,6 +26,13 @@ from tests.server.serving import (
 QUESTION = "What is the capital of France?"
 ENDLESS = GREEDY | {"ignore_eos": True, "max_new_tokens": 4000}
 SHORT = GREEDY | {"ignore_eos": True, "max_new_tokens": 200}
+
+
+def content(folder: str) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in pathlib.Path(folder).iterdir()
+    }
 
 
 SERVERS = {
@@ -83,6 +93,8 @@ def test_sigterm_lets_requests_finish_until_the_deadline(servers):
         refused = client.post("/generate", json={"text": QUESTION})
         assert refused.status_code == 503
         assert refused.json()["error"]["message"] == "the server is shutting down"
+        refused = client.post("/update_weights_from_disk", json={"model_path": DEMO_MODEL})
+        assert refused.status_code == 503
         assert client.get("/health").status_code == 503
         short.join()
         finished = time.monotonic() - began
@@ -147,6 +159,7 @@ def test_control_c_reaches_the_engine_too_and_a_second_one_ends_at_once(servers)
         began = time.monotonic()
         os.killpg(server.process.pid, signal.SIGINT)
         assert server.process.wait(10) == 128 + signal.SIGINT
+        reader.join(10)
         wait_for(lambda: not is_running(engine), 5)
         print(f"both ended {time.monotonic() - began:.2f} s after the second signal")
         assert "Traceback" not in server.output
@@ -182,13 +195,28 @@ def test_killed_engine_ends_its_requests_and_the_server(servers):
 
 
 def test_killed_server_leaves_no_engine_behind(servers):
+    """And nothing where it was reading new weights just then: a start finds what it left."""
     server = servers["killed"]
+    before, answers_before = content(DEMO_MODEL), []
+
+    def update_again_and_again() -> None:
+        with contextlib.suppress(httpx.TransportError), server.client() as client:
+            while True:
+                body = {"model_path": DEMO_MODEL, "in_flight": "in_place"}
+                answers_before.append(client.post("/update_weights_from_disk", json=body))
+
     with server.client() as client:
         engine = server.engine_pid()
         with open_stream(client, text=QUESTION, sampling_params=ENDLESS) as answers:
             next(answers)
+            updating = threading.Thread(target=update_again_and_again)
+            updating.start()
+            wait_for(lambda: len(answers_before) > 2, 10)
             assert is_running(engine)
             began = time.monotonic()
             server.process.kill()
             wait_for(lambda: not is_running(engine), 5)
         print(f"the engine ended {time.monotonic() - began:.2f} s after its server")
+    updating.join()
+    assert all(answer.status_code == 200 for answer in answers_before)
+    assert content(DEMO_MODEL) == before

@@ -26,7 +26,10 @@ CANNOT_START = {
     "--json-model-override-args is not JSON": {"json_model_override_args": "{"},
     "--preferred-sampling-params is not JSON": {"preferred_sampling_params": "{"},
     "--preferred-sampling-params: top_p must be": {"preferred_sampling_params": '{"top_p": 7}'},
+    "--record-plans /no/folder/log: No such file": {"record_plans": "/no/folder/log"},
     "cannot listen on no-such-host.invalid": {"host": "no-such-host.invalid"},
+    "cannot listen on no..host:": {"host": "no..host"},
+    "cannot listen on 192.0.2.1:": {"host": "192.0.2.1"},
 }
 
 

@@ -1,0 +1,101 @@
+"""A folder that somebody asks to take weights from: is it one for the model that is served?"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxserve import checksums
+from jaxserve.models.checkpoint import Checkpoint, open_shards
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.safetensors_file import SafetensorsFile
+from jaxserve.tokenizer_identity import TokenizerIdentity
+from jaxserve.weights_root import WeightsRoot
+
+SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What a folder is compared with."""
+
+    config: ModelConfig
+    context_length: int | None  # as asked for at the start
+    overrides: Mapping[str, Any]  # laid over each config.json
+    tokenizer: TokenizerIdentity | None
+
+
+class WeightFolder:
+    """Opened once: what is checked is what is read."""
+
+    def __init__(self, name: str, folder: pathlib.Path, root: WeightsRoot):
+        """Args:
+          name: what it is called in messages.
+          folder, root: from `WeightsRoot.find`.
+
+        Raises FileNotFoundError, ValueError, OSError: there are no weights, or not below the root,
+        or their headers are not sound.
+        """
+        self.path = folder
+        self._name, self._root = name, root
+        self.checkpoint = Checkpoint(name, open_shards(folder, root.open))
+
+    def check(self, served: Served, *, keep_tokenizer: bool) -> None:
+        """Compares the configuration and the tokenizer, where the folder has any.
+
+        Args:
+          keep_tokenizer: another tokenizer, and other end-of-sequence ids, are no obstacle; those
+            that run stay.
+
+        Raises:
+          ValueError: names what differs.
+        """
+        _check_shards(self.path, self.checkpoint.files)
+        differences = self._config_differences(served, keep_tokenizer)
+        if not keep_tokenizer and served.tokenizer is not None:
+            names = served.tokenizer.differences(self.path, self._root.read_text)
+            hint = "is another (keep_tokenizer accepts it, and keeps the one that runs)"
+            differences += [f"{name} {hint}" for name in names]
+        if differences:
+            raise ValueError(f"{self._name} is another model: {'; '.join(differences)}")
+
+    def verify(self, on_bytes: Callable[[int], None]) -> bool:
+        """Compares the files with the checksums beside them; False where there are none.
+
+        Raises ValueError, OSError.
+        """
+        path = self.path / checksums.FILE
+        if not path.exists():
+            return False
+        expected = checksums.parse(self._root.read_text(path))
+        checksums.verify(self.checkpoint.files, expected, on_bytes)
+        return True
+
+    def _config_differences(self, served: Served, keep_tokenizer: bool) -> list[str]:
+        if not (self.path / "config.json").exists():
+            return []
+        found = ModelConfig.from_pretrained(
+            self.path, served.context_length, served.overrides, read_text=self._root.read_text
+        )
+        ignored = {"dtype"} | ({"eos_token_ids"} if keep_tokenizer else set())
+        names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ignored]
+        return [
+            f"config.json: {name} is {theirs!r}, serving {ours!r}"
+            for name in names
+            if (theirs := getattr(found, name)) != (ours := getattr(served.config, name))
+        ]
+
+
+def _check_shards(folder: pathlib.Path, files: list[SafetensorsFile]) -> None:
+    """What one save leaves and the next does not overwrite may not become part of a model."""
+    used = {file.path.name for file in files}
+    left = [path.name for path in folder.glob("*.safetensors") if path.name not in used]
+    if extra := sorted(name for name in left if SHARD.fullmatch(name)):
+        raise ValueError(f"the index does not name {', '.join(extra)}")
+    owners: dict[str, str] = {}
+    for file in files:
+        for name in file.tensors:
+            other = owners.setdefault(name, file.path.name)
+            if other != file.path.name:
+                raise ValueError(f"{name} is in both {other} and {file.path.name}")

@@ -1,0 +1,72 @@
+"""Checkpoints like the demo model's with other weights, and what an engine answers with each."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from jaxserve import Engine
+from tests.server.serving import DEMO_MODEL, GREEDY
+
+QUESTION = "What is the capital of France?"
+TEXTS = [QUESTION, "Once upon a time", "The capital of Kenya is", "5 + 7 =", "Monday, Tuesday,"]
+TOKENS = GREEDY | {"ignore_eos": True, "max_new_tokens": 12}
+ENDLESS = GREEDY | {"ignore_eos": True, "max_new_tokens": 3000}
+FILE = "model.safetensors"
+
+
+def write_variant(
+    folder: pathlib.Path,
+    edit: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None,
+    seed: int | None = 1,
+) -> pathlib.Path:
+    """A folder with the demo model's files, and its weights disturbed; `edit` may go on."""
+    shutil.copytree(DEMO_MODEL, folder)
+    tensors = dict(safetensors.numpy.load_file(folder / FILE))
+    if seed is not None:
+        rng = np.random.default_rng(seed)
+        for name, tensor in tensors.items():
+            noise = 1 + 0.3 * rng.standard_normal(tensor.shape, np.float32)
+            tensors[name] = (tensor.astype(np.float32) * noise).astype(ml_dtypes.bfloat16)
+    edit(tensors)
+    safetensors.numpy.save_file(tensors, folder / FILE)
+    return folder
+
+
+def shard(folder: pathlib.Path, count: int = 2) -> list[pathlib.Path]:
+    """Deals the only file of a folder out to several, with an index."""
+    tensors = safetensors.numpy.load_file(folder / FILE)
+    (folder / FILE).unlink()
+    paths, weight_map = [], {}
+    for i in range(count):
+        names = sorted(tensors)[i::count]
+        path = folder / f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        safetensors.numpy.save_file({name: tensors[name] for name in names}, path)
+        weight_map |= dict.fromkeys(names, path.name)
+        paths.append(path)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return paths
+
+
+def output(engine: Engine, text: str = QUESTION, **fields) -> list[int]:
+    return engine.generate(text, TOKENS, **fields)["output_ids"]
+
+
+def outputs(engine: Engine) -> list[list[int]]:
+    """Of every text alone: what tells one version of the weights from another."""
+    return [output(engine, text) for text in TEXTS]
+
+
+def spans(answer: dict) -> list[tuple[str, int, int]]:
+    return [(s["version"], s["start"], s["end"]) for s in answer["meta_info"]["weight_versions"]]
+
+
+def live_bytes() -> int:
+    """Of all arrays in this process."""
+    return sum(array.nbytes for array in jax.live_arrays())
