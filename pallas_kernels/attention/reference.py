@@ -59,6 +59,7 @@ def paged_attention(
     window: int | None,
 ) -> Float[Array, "T N H"]:
     queries = _cut(q, tiles, cache.num_kv_heads) * scale
+    positions = jnp.repeat(tiles.position, q.shape[1] // cache.num_kv_heads, axis=1)
     num_tiles = len(queries)
     at_once = min(PAIRS.get(jax.default_backend(), num_tiles), num_tiles)
 
@@ -68,14 +69,10 @@ def paged_attention(
         tile = owner(tiles.block_end, item)
         block = item - (tiles.block_end - tiles.num_blocks)[tile]
         k, v, key = _load_block(cache, layer, tiles, tiles.row[tile], block)
-
-        position = jnp.repeat(
-            tiles.position[tile], queries.shape[2] // tiles.query.shape[1], axis=1
-        )
-        visible = key[:, None] <= position[:, :, None]
+        key, position = key[:, None], positions[tile][:, :, None]
+        visible = (key <= position) & (item < tiles.block_end[-1])[:, None, None]
         if window is not None:
-            visible &= key[:, None] > position[:, :, None] - window
-        visible &= (item < tiles.block_end[-1])[:, None, None]
+            visible &= key > position - window
         new = _attend(queries[tile], k, v, visible[:, None])
         return step + 1, _merge(running, tile, new)
 
@@ -94,7 +91,7 @@ def paged_attention(
 
 
 def _attend(q, k, v, visible) -> Softmax:
-    """Of pairs: q f32[C, K, Q, H] over k and v f32[C, K, S, H] where `visible` bool[C, 1, Q, S]."""
+    """Of C pairs: q f32[C, K, Q, H], k and v f32[C, K, S, H], visible bool[C, 1, Q, S]."""
     scores = jnp.where(visible, _scores(q, k), NEVER)
     top = scores.max(axis=-1)
     weights = jnp.where(visible, jnp.exp(scores - top[..., None]), 0)
