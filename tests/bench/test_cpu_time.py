@@ -45,7 +45,7 @@ def test_a_tree_counts_children_that_run_and_that_have_ended(family):
     root, child = cpu_time.tree(family.pid)
     print(f"{spent}; {root} and {child}")
     assert root == family.pid
-    assert 0.88 <= spent.total < 1.6, "0.2 + 0.3 + 0.4, and what Python needs to start"
+    assert 0.85 <= spent.total < 1.6, "0.2 + 0.3 + 0.4, and what Python needs to start"
     assert spent.user > spent.system
     assert cpu_time.command_of(root)[:2] == [sys.executable, "-c"]
     before = cpu_time.of_tree(family.pid)

@@ -36,6 +36,7 @@ def test_answer_has_sglangs_keys_in_sglangs_order(paris):
         "cached_tokens",
         "cached_tokens_details",
         "dp_rank",
+        "weight_versions",
         "e2e_latency",
         "response_sent_to_client_ts",
     ]
