@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--folder", type=pathlib.Path, help="of the checkpoint", default="model")
-    parser.add_argument("--cache", type=pathlib.Path, help="of programs; emptied", required=True)
+    parser.add_argument("--cache", type=pathlib.Path, help="of programs", default="programs")
     parser.add_argument("--warm-starts", type=int, default=2)
     parser.add_argument("--port", type=int, default=30124)
     parser.add_argument("--alone", action="store_true", help="only read and copy the weights")
