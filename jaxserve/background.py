@@ -45,7 +45,7 @@ class Task:
         return time.monotonic() - self._last
 
     def result(self) -> Any:
-        """Of a task that is done; raises what the work has raised."""
+        """Of a task that is done; raises what the work has raised, as an Exception."""
         return self._future.result(timeout=0)
 
     def report(self, count: int = 0) -> None:
@@ -61,5 +61,9 @@ class Task:
     def _run(self, work: Callable[["Task"], Any]) -> None:
         try:
             self._future.set_result(work(self))
-        except BaseException as error:
+        except Exception as error:
             self._future.set_exception(error)
+        except BaseException as error:  # a library's panic must not end who asks for the result
+            softened = RuntimeError(f"{type(error).__name__}: {error}")
+            softened.__cause__ = error
+            self._future.set_exception(softened)

@@ -44,8 +44,7 @@ class Tokenizer:
         """
         count = 0
         for end in range(PIECE, len(text), PIECE):
-            piece = self._backend.encode(text[end - PIECE : end], add_special_tokens=False)
-            count += len(piece) - CUT_TOKENS
+            count += self._count(text[end - PIECE : end]) - CUT_TOKENS
             if count > num_tokens:
                 return text[:end]
         return text
@@ -54,6 +53,13 @@ class Tokenizer:
         """Ids beyond the vocabulary (a model's padding of it) have no text."""
         try:
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            _soften(error)
+            raise
+
+    def _count(self, piece: str) -> int:
+        try:
+            return len(self._backend.encode(piece, add_special_tokens=False))
         except BaseException as error:
             _soften(error)
             raise
@@ -79,7 +85,9 @@ def _soften(error: BaseException) -> None:
 def _fast(path: pathlib.Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and panics
         raise ValueError(f"{path} is no tokenizer: {error}") from error
 
 

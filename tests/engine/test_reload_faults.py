@@ -177,6 +177,10 @@ def other_tokenizer(folder: pathlib.Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def tokenizer(**changes):
+    return lambda folder: edit_json(folder, "tokenizer.json", **changes)
+
+
 def config(**changes):
     return lambda folder: edit_json(folder, "config.json", **changes)
 
@@ -219,7 +223,26 @@ FAULTS = {
         "tokenizer_config.json is another",
     ),
     "broken tokenizer": (
-        lambda f: (f / "tokenizer.json").write_text("{}"),
+        lambda f: (f / "tokenizer.json").write_text("[]"),
+        "tokenizer.json is not sound",
+    ),
+    "tokenizer at which the library panics": (
+        tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        "tokenizer.json is another",
+    ),
+    "tokenizer at which the library aborts the process": (
+        tokenizer(
+            model={
+                "type": "BPE",
+                "vocab": {"a": 0, "é": 1, "aé": 2},
+                "merges": [["a", "é"]],
+                "continuing_subword_prefix": "x",
+            }
+        ),
+        "tokenizer.json is another",
+    ),
+    "tokenizer nested too deeply": (
+        lambda f: (f / "tokenizer.json").write_text('{"model": ' + "[" * 10**6 + "]" * 10**6 + "}"),
         "tokenizer.json is not sound",
     ),
     "pipe": (replace_by(os.mkfifo), f"lacks {FILE}"),

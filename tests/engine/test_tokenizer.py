@@ -9,8 +9,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from jaxserve.background import Task
 from jaxserve.tokenizer import PIECE, Tokenizer
-from tests.server.serving import DEMO_MODEL
+from jaxserve.tokenizer_identity import TokenizerIdentity
+from tests.server.serving import DEMO_MODEL, wait_for
 
 CORPUS = ["The capital of France is Paris.", "one two three", "漢字かな交じり文", "ééé ààà", "    "]
 UNITS = {
@@ -124,7 +126,7 @@ def test_panic_is_an_ordinary_error(folder):
         pass
 
     class Backend:
-        def encode(self, text):
+        def encode(self, text, add_special_tokens=True):
             raise Panic("index out of bounds")
 
         def decode(self, ids, skip_special_tokens):
@@ -132,9 +134,92 @@ def test_panic_is_an_ordinary_error(folder):
 
     tokenizer = Tokenizer(folder)
     tokenizer._backend = Backend()
-    for call in (lambda: tokenizer.encode("a"), lambda: tokenizer.decode([1])):
+    for call in (
+        lambda: tokenizer.encode("a"),
+        lambda: tokenizer.beginning("a" * 2 * PIECE, 1),
+        lambda: tokenizer.decode([1]),
+    ):
         with pytest.raises(RuntimeError, match="the tokenizer failed: index out of bounds"):
             call()
+
+
+def test_panic_of_a_task_is_an_ordinary_error():
+    class Panic(BaseException):
+        pass
+
+    def work(task):
+        raise Panic("index out of bounds")
+
+    task = Task("panics", work)
+    wait_for(lambda: task.is_done, 5)
+    with pytest.raises(RuntimeError, match="Panic: index out of bounds"):
+        task.result()
+
+
+def test_panic_of_a_file_names_it(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer: .*charsmap"):
+        Tokenizer(folder)
+
+
+def is_same(ours: dict, theirs: dict, tmp_path) -> bool:
+    folders = tmp_path / "ours", tmp_path / "theirs"
+    for folder, content in zip(folders, (ours, theirs), strict=True):
+        folder.mkdir(exist_ok=True)
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    return not TokenizerIdentity(folders[0]).differences(folders[1], lambda path: path.read_text())
+
+
+def places(value, most=5):
+    """Of everything in a JSON value: what holds it, and the key; of a vocabulary a few entries."""
+    if not isinstance(value, dict | list):
+        return
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    for key in keys[:most] if len(keys) > 50 else keys:
+        yield value, key
+        yield from places(value[key], most)
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, folding, stripping])
+def test_what_is_left_out_differs_where_the_library_takes_it_otherwise(make, tmp_path):
+    content = json.loads(make().to_str())
+    outcomes = []
+    for holder, key in places(content):
+        if isinstance(holder, list) or key == "type":  # which the library may guess
+            continue
+        kept = dict(holder)
+        del holder[key]
+        text = json.dumps(content)
+        holder.clear()
+        holder.update(kept)
+        try:
+            loaded = tokenizers.Tokenizer.from_str(text)
+        except Exception:
+            continue  # it cannot be left out
+        outcomes.append(json.loads(loaded.to_str()) == content)
+        assert is_same(content, json.loads(text), tmp_path) == outcomes[-1], key
+    print(f"{outcomes.count(True)} keys mean nothing where left out, {outcomes.count(False)} do")
+    assert True in outcomes and False in outcomes
+
+
+@pytest.mark.parametrize("make", [byte_level, metaspace, folding, stripping])
+def test_every_value_of_a_tokenizer_counts(make, tmp_path):
+    text = make().to_str()
+    ours, content, num_changed = json.loads(text), json.loads(text), 0
+    for holder, key in places(content):
+        if holder is content and key in ("version", "truncation", "padding"):
+            continue
+        value = holder[key]
+        if isinstance(value, dict | list):
+            continue
+        holder[key] = not value if isinstance(value, bool) else f"{value}x"
+        assert not is_same(ours, content, tmp_path), key
+        holder[key] = value
+        num_changed += 1
+    print(f"{num_changed} values")
+    assert is_same(ours, content, tmp_path)
 
 
 @pytest.mark.parametrize("eos", [None, "<|im_end|>", {"content": "<|im_end|>"}, {}, "no such"])
