@@ -36,6 +36,7 @@ from jaxserve.plan_recorder import PlanRecorder, create_file
 from jaxserve.radix_cache import RadixCache
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
+from jaxserve.served_weights import ServedWeights
 from jaxserve.serving_state import ServingState
 from jaxserve.state import StateShape
 from jaxserve.step_log import StepLog
@@ -198,6 +199,7 @@ def _build(
         tokenizer,
         log,
         _weight_loader(config, files, abstract, memory, tokenizer_folder, device),
+        ServedWeights(abstract, runner),
         ServingState.of(config),
         counter,
         recorder,

@@ -28,6 +28,7 @@ from jaxserve.plan_recorder import PlanRecorder
 from jaxserve.request import FinishReason, Request, RequestUpdate
 from jaxserve.runner import Runner
 from jaxserve.scheduler import Scheduler
+from jaxserve.served_weights import ServedWeights
 from jaxserve.serving_control import ServingControl
 from jaxserve.serving_state import ServingState
 from jaxserve.step_log import StepLog
@@ -53,16 +54,17 @@ class EngineCore:
         tokenizer: Tokenizer | None,
         log: StepLog,
         loader: WeightLoader,
+        served_weights: ServedWeights,
         state: ServingState,
         compile_counter: CompileCounter,
         recorder: PlanRecorder | None = None,
     ):
         self.info = info
-        self.abstract_params = loader.abstract  # their shapes
+        self.abstract_params = served_weights.abstract  # their shapes
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self._plan_builder, self._runner, self._log = plan_builder, runner, log
-        self._control = ServingControl(self, runner, loader, state)
+        self._control = ServingControl(self, runner, loader, served_weights, state)
         self._compile_counter, self._recorder = compile_counter, recorder
         self._eos_token_ids = frozenset(info.eos_token_ids)
         self._inflight: collections.deque[tuple[Schedule, Any]] = collections.deque()

@@ -16,8 +16,10 @@ from jaxserve.background import Done, Task
 from jaxserve.errors import RequestError
 from jaxserve.messages import Call, FromEngine, Reply, StepOutput
 from jaxserve.pending_update import PendingUpdate, report
+from jaxserve.read_queue import ReadQueue
 from jaxserve.request import FinishReason
 from jaxserve.runner import Runner
+from jaxserve.served_weights import ServedWeights
 from jaxserve.serving_state import ServingState
 from jaxserve.weight_loader import LoadedUpdate, UpdateFailed, WeightLoader
 from jaxserve.weight_placement import WeightsLost
@@ -35,13 +37,14 @@ class ServingControl:
         engine: "EngineCore",
         runner: Runner,
         loader: WeightLoader,
+        served_weights: ServedWeights,
         state: ServingState,
     ):
         self.state = state
         self._engine, self._runner, self._loader = engine, runner, loader
         self._update: PendingUpdate | None = None
         self._last_update: dict[str, Any] | None = None
-        self._reads: dict[int, Task] = {}  # of the weights, by the call that asks for each
+        self._served_weights, self._reads = served_weights, ReadQueue()
         self._missing: frozenset[str] = frozenset()  # tensors whose values are gone
         self._operations: dict[str, Callable[..., list[FromEngine]]] = {
             "update_weights": self._start_update,
@@ -62,13 +65,18 @@ class ServingControl:
     @property
     def is_busy(self) -> bool:
         """Something is under way that `settle` has to finish."""
-        return self._update is not None or bool(self._reads)
+        return self._update is not None or not self._reads.is_empty
 
     @property
     def is_due(self) -> bool:
         """And can be finished, unless it waits for requests that run."""
-        if self._reads:
-            return any(task.is_done for task in self._reads.values())
+        if self._reads.is_reading:
+            return self._reads.is_due
+        return self._is_loaded
+
+    @property
+    def _is_loaded(self) -> bool:
+        """New weights have been loaded, or will never be, and an update waits to take them over."""
         return self._update is not None and self._update.task.is_done
 
     def handles(self, call: Call) -> bool:
@@ -84,11 +92,8 @@ class ServingControl:
 
     def settle(self) -> list[FromEngine]:
         """To be called between two steps: finishes what can be, and tells it."""
-        news: list[FromEngine] = []
-        for call_id, task in list(self._reads.items()):
-            if task.is_done:
-                del self._reads[call_id]
-                news.append(_reply_of(call_id, task))
+        # New weights that are there wait for one read at most, however many are asked for.
+        news: list[FromEngine] = [*self._reads.settle(may_start=not self._is_loaded)]
         if self._update is not None:
             news += self._settle_update(self._update)
         return news
@@ -137,7 +142,7 @@ class ServingControl:
         scheduler = self._engine.scheduler
         try:
             loaded = update.loaded(self._loader.timeout)
-            if loaded is None or self._reads:  # which hold the old weights
+            if loaded is None or self._reads.is_reading:  # which holds the old weights
                 return []
             # Where generation is paused, nobody will finish: who is in a row goes on in place.
             if update.request.in_flight == "wait" and self.may_generate:
@@ -206,13 +211,11 @@ class ServingControl:
     # Reading the weights, beside the steps.
 
     def _read_tensor(self, call_id: int, name: str, most_rows: int) -> list[FromEngine]:
-        return self._read(call_id, lambda: self._loader.read_tensor(self._runner, name, most_rows))
+        self._reads.add(call_id, lambda: self._served_weights.read_tensor(name, most_rows))
+        return []
 
     def _read_checksum(self, call_id: int) -> list[FromEngine]:
-        return self._read(call_id, lambda: self._loader.checksum(self._runner))
-
-    def _read(self, call_id: int, work: Callable[[], Any]) -> list[FromEngine]:
-        self._reads[call_id] = Task("jaxserve-read-weights", lambda task: work())
+        self._reads.add(call_id, self._served_weights.checksum)
         return []
 
     # Whether anything is generated.
@@ -254,13 +257,3 @@ class ServingControl:
     def _change(self, **changes: Any) -> ServingState:
         self.state = msgspec.structs.replace(self.state, **changes)
         return self.state
-
-
-def _reply_of(call_id: int, task: Task) -> Reply:
-    try:
-        return Reply(call_id, task.result())
-    except RequestError as error:
-        return Reply(call_id, error=str(error), status=error.status)
-    except Exception as error:
-        logger.exception("reading the weights failed")
-        return Reply(call_id, error=f"{type(error).__name__}: {error}")

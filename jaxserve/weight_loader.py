@@ -1,13 +1,11 @@
 """From what is asked for to new weights, read and checked. Runs beside the engine's loop."""
 
 import dataclasses
-import hashlib
 import logging
 import pathlib
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +16,7 @@ from jaxserve.background import GivenUp
 from jaxserve.errors import RequestError
 from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.safetensors_file import SafetensorsBytes, SafetensorsFile
-from jaxserve.models.weights import Index, ParamReader, View, check, views
+from jaxserve.models.weights import Index, ParamReader, check, views
 from jaxserve.runner import Runner
 from jaxserve.weight_folder import Served, WeightFolder
 from jaxserve.weight_request import LOAD_FORMATS, WeightUpdate
@@ -78,9 +76,7 @@ class WeightLoader:
         timeout: seconds without a byte read after which whoever waits should give up.
         """
         self.way, self.timeout, self._device = way, timeout, device
-        self._views = views(abstract)
-        self._numbers = {tuple(path): i for i, (path, _) in enumerate(nnx.to_flat_state(abstract))}
-        self.tensor_names = frozenset(view.name for view in self._views)
+        self.tensor_names = frozenset(view.name for view in views(abstract))
         self.abstract, self._served, self._root = abstract, served, root
 
     def free_device_bytes(self) -> int:
@@ -124,33 +120,6 @@ class WeightLoader:
             if checkpoint is not None:
                 checkpoint.close()
         raise UpdateFailed(words, status=400 if is_known else 500)
-
-    def read_tensor(self, runner: Runner, name: str, most_rows: int) -> list[Any]:
-        """The first rows of a checkpoint tensor as it serves now, as nested lists of floats.
-
-        Raises RequestError where the model has no such tensor.
-        """
-        view = next((view for view in self._views if view.name == name), None)
-        if view is None:
-            raise RequestError(f"the model has no parameter {name!r}", param="name")
-        return self._tensor(runner, view)[:most_rows].astype(np.float32).tolist()
-
-    def checksum(self, runner: Runner) -> str:
-        """SHA-256 of all tensors as they serve now: of each, by name, the line
-        "NAME DTYPE SHAPE", as `model.norm.weight bfloat16 (160,)`, and its bytes."""
-        sha256 = hashlib.sha256()
-        for view in sorted(self._views, key=lambda view: view.name):
-            tensor = self._tensor(runner, view)
-            sha256.update(f"{view.name} {tensor.dtype} {tensor.shape}\n".encode())
-            sha256.update(tensor.view(np.uint8))
-        return sha256.hexdigest()
-
-    def _tensor(self, runner: Runner, view: View) -> np.ndarray:
-        """Copied whole, and cut on the host: no program is compiled for it."""
-        leaf = runner.weights[self._numbers[view.path]]
-        if leaf is None:
-            raise RequestError("the weights are not complete")
-        return np.ascontiguousarray(np.asarray(leaf)[view.index]).reshape(view.shape)
 
     def take(self, leaves: Mapping[int, jax.Array]) -> LoadedUpdate:
         """Arrays that are on the device already, all of the model's."""

@@ -5,7 +5,7 @@ import asyncio
 from typing import Any, get_args
 
 from sanic import Blueprint, Request
-from sanic.response import HTTPResponse
+from sanic.response import HTTPResponse, raw
 
 from jaxserve import weight_request
 from jaxserve.errors import RequestError
@@ -66,14 +66,16 @@ async def update_weight_version(request: Request) -> HTTPResponse:
 
 @blueprint.route("/get_weights_by_name", methods=["GET", "POST"])
 async def get_weights_by_name(request: Request) -> HTTPResponse:
-    """The first `truncate_size` rows of a parameter, by its name in the checkpoint."""
+    """The first `truncate_size` rows of a parameter, by its name in the checkpoint. The engine
+    has written them as JSON already."""
     body = _query(request) | bodies.read_optional(request)
     name, rows = body.get("name"), weight_request.integer(body, "truncate_size", 100)
     if not isinstance(name, str):
         raise RequestError("name must be a string", param="name")
     if rows < 1:
         raise RequestError("truncate_size must be at least 1", param="truncate_size")
-    return bodies.json(await _call(request, "read_tensor", name=name, most_rows=rows))
+    content = await _call(request, "read_tensor", name=name, most_rows=rows)
+    return raw(content, content_type="application/json")
 
 
 @blueprint.route("/weights_checker", methods=["GET", "POST"])

@@ -302,7 +302,8 @@ def make_core(world: World, system: System):
         world.runner,
         tokenizer=None,  # no step asks for it
         log=log,
-        loader=types.SimpleNamespace(abstract=None),  # nor for this
+        loader=None,  # nor for these
+        served_weights=types.SimpleNamespace(abstract=None),
         state=ServingState("", "", weight_version=""),
         compile_counter=None,
     )

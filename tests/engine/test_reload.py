@@ -1,12 +1,14 @@
 """Other weights while the engine runs: which tokens are whose, and what becomes of requests."""
 
 import concurrent.futures
+import json
 import pathlib
+import threading
 import time
 
 import pytest
 
-from jaxserve import Engine
+from jaxserve import Engine, read_queue, served_weights
 from jaxserve.compile_counter import CompileCounter
 from jaxserve.errors import RequestError
 from jaxserve.plan_log import Dispatched, Drawn, PlanLog, WeightsChanged
@@ -24,6 +26,7 @@ from tests.engine.reloading import (
 from tests.server.serving import DEMO_MODEL, SMALL, programs_folder, wait_for
 
 MANY = [f"{text} {i}" for i in range(16) for text in TEXTS[:4]]
+EMBEDDING = "model.embed_tokens.weight"
 LONGER = TOKENS | {"max_new_tokens": 60}
 
 
@@ -347,3 +350,72 @@ def test_arrays_on_the_device_are_swapped_in_at_once(engine, expected, other):
     with pytest.raises(RequestError, match="weight 0: .* cannot take the place of"):
         engine._frontend.call("swap_weights", leaves=wrong).result()
     assert outputs(engine) == expected["other"]
+
+
+# Reading what serves.
+
+
+def test_rows_are_read_up_to_a_number_of_values(engine, monkeypatch):
+    def read(most_rows):
+        call = engine._frontend.call("read_tensor", name=EMBEDDING, most_rows=most_rows)
+        return json.loads(call.result(20))
+
+    rows = read(10**6)
+    size = len(rows[0])
+    monkeypatch.setattr(served_weights, "MOST_VALUES", 7 * size + 1)
+    assert read(7) == rows[:7]
+    with pytest.raises(RequestError, match=f"truncate_size may be 7 at most for {EMBEDDING}"):
+        read(8)
+
+
+@pytest.fixture
+def slow_reads(engine, monkeypatch):
+    """Each takes 0.1 s; gives how many ran at once."""
+    running, most = [], []
+    of = engine._core._control._served_weights
+
+    def read(checksum=of.checksum):
+        running.append(None)
+        most.append(len(running))
+        time.sleep(0.1)
+        running.pop()
+        return checksum()
+
+    monkeypatch.setattr(of, "checksum", read)
+    return most
+
+
+def test_readers_that_never_stop_do_not_keep_an_update_waiting(engine, expected, other, slow_reads):
+    is_over = threading.Event()
+
+    def poll() -> int:
+        count = 0
+        while not is_over.is_set():
+            engine._frontend.call("checksum").result(30)
+            count += 1
+        return count
+
+    with concurrent.futures.ThreadPoolExecutor(9) as pool:
+        readers = [pool.submit(poll) for _ in range(8)]
+        wait_for(lambda: len(slow_reads) > 4, 10)
+        began = time.monotonic()
+        update = pool.submit(engine.update_weights_from_disk, other)
+        try:
+            update.result(10)
+        finally:
+            seconds = time.monotonic() - began
+            is_over.set()
+        counts = [reader.result(30) for reader in readers]
+    print(f"updated in {seconds:.2f} s while {sum(counts)} reads ran, {max(slow_reads)} at once")
+    assert all(counts) and max(slow_reads) == 1
+    assert outputs(engine) == expected["other"]
+
+
+def test_no_more_reads_wait_than_there_is_room_for(engine, monkeypatch, slow_reads):
+    monkeypatch.setattr(read_queue, "MOST_WAITING", 3)
+    reads = [engine._frontend.call("checksum") for _ in range(12)]
+    concurrent.futures.wait(reads, 20)
+    errors = [read.exception() for read in reads if read.exception()]
+    print(f"{len(errors)} of 12 refused: {errors[0]}")
+    assert errors and {error.status for error in errors} == {503}
+    assert len({read.result() for read in reads if not read.exception()}) == 1
