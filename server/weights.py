@@ -15,6 +15,7 @@ from jaxserve.weight_request import Memory, PauseMode, WeightUpdate
 
 blueprint = Blueprint("weights")
 blueprint.on_request(refuse_other_sites)
+MOST_DIGITS = 19  # of a number in a query: it has 64 bits
 PATHS = {"/update_weights", "/update_weights_from_disk", "/update_weights_from_tensor"}
 
 
@@ -124,7 +125,10 @@ async def continue_generation(request: Request) -> HTTPResponse:
 
 
 def _tags(request: Request) -> list[str]:
+    """In the query each may be given by itself, or several with commas between them."""
     tags = bodies.read_optional(request).get("tags")
+    if tags is None and "tags" in request.args:
+        tags = [tag for given in request.args.getlist("tags") for tag in given.split(",")]
     if tags is None:
         return list(get_args(Memory))
     names = {*get_args(Memory), "cuda_graph"}  # graphs keep no memory of their own here
@@ -134,9 +138,13 @@ def _tags(request: Request) -> list[str]:
 
 
 def _query(request: Request) -> dict[str, Any]:
-    """The query's parameters; numbers as such."""
+    """The query's parameters; numbers as such, as far as any is meant."""
     given = {name: values[0] for name, values in request.args.items()}
-    return {name: int(text) if text.isdecimal() else text for name, text in given.items()}
+    return {name: int(text) if _is_number(text) else text for name, text in given.items()}
+
+
+def _is_number(text: str) -> bool:
+    return text.isdecimal() and len(text) <= MOST_DIGITS
 
 
 async def _update(request: Request, update: WeightUpdate) -> HTTPResponse:

@@ -68,6 +68,15 @@ def test_unknown_parameter_is_refused(client, body, param):
     assert response.status_code == 400 and response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("digits", [19, 20, 4400])
+def test_number_in_the_query_that_is_none(client, digits):
+    params = {"name": Q, "truncate_size": "9" * digits}
+    response = client.get("/get_weights_by_name", params=params)
+    print(response.status_code, response.text[:200])
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "truncate_size"
+
+
 def test_checksum_is_of_names_and_values(client, demo, other):
     sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors_of(demo).items()):

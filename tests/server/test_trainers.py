@@ -95,6 +95,27 @@ def test_released_weights_are_not_updated_before_they_are_resumed(client, demo):
     assert "POST /resume_memory_occupation first" in response.json()["message"]
 
 
+@pytest.mark.parametrize(
+    "query,released",
+    [
+        ("tags=kv_cache", ["kv_cache"]),
+        ("tags=kv_cache&tags=cuda_graph", ["kv_cache"]),
+        ("tags=weights,kv_cache", ["kv_cache", "weights"]),
+        ("tags=cuda_graph", []),
+    ],
+)
+def test_memory_is_named_in_the_query(client, query, released):
+    client.get(f"/release_memory_occupation?{query}").raise_for_status()
+    assert client.get("/server_info").json()["released_memory"] == released
+    client.get(f"/resume_memory_occupation?{query}").raise_for_status()
+    assert client.get("/server_info").json()["released_memory"] == []
+
+
+def test_unknown_memory_in_the_query_is_refused(client):
+    response = client.get("/release_memory_occupation?tags=kv")
+    assert response.status_code == 400 and response.json()["error"]["param"] == "tags"
+
+
 @pytest.mark.parametrize("tags", ["kv_cache", ["all"], [5]])
 def test_unknown_memory_is_refused(client, tags):
     response = client.post("/release_memory_occupation", json={"tags": tags})
