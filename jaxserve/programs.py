@@ -248,8 +248,9 @@ def _sample_rows(
 ) -> State:
     """Draws the next token of each row and decides whether it was its last."""
     logits: Float[Array, "B V"] = model.logits(hidden)
-    is_finite = jnp.isfinite(logits).all(axis=-1)
     tokens, logprobs, state = SAMPLE[sampler](logits, state, rows, step)
+    # A logprob is that of the scaled and adjusted scores, of which some are -inf on purpose.
+    is_finite = jnp.isfinite(logits).all(axis=-1) & jnp.isfinite(logprobs)
     is_stop = (tokens[:, None] == state.stop_ids[rows]).any(axis=-1)
     finish = jnp.select(
         [~is_finite, is_stop, state.seq_len[rows] >= state.limit[rows]],

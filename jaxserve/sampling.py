@@ -100,7 +100,12 @@ def adjust(
 
 
 def scale(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
-    """By each row's temperature; those of greedy rows stay."""
+    """By each row's temperature, so that the best is 0; differences of greedy rows stay.
+
+    A compiler may round a division in two ways in one program. Of a score far from 0 the softmax
+    would take one from the other: at 1e7 they are 1 apart.
+    """
+    logits = logits - logits.max(axis=-1, keepdims=True)
     return logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
 
 

@@ -27,6 +27,10 @@ EXTRAS_PARTS = (MOST_BIASES, MOST_BIASES, NUM_BANNED, MOST_LOGPROB_IDS)
 NUM_EXTRAS = sum(EXTRAS_PARTS)
 NO_TOKEN = 2**31 - 1  # beyond every vocabulary: what is scattered there is dropped
 
+# What clients write for "always" and "never" may be beyond float32. Scores within these stay finite
+# when they are divided by any temperature that is not greedy.
+MOST_SCORE, LEAST_REPETITION = 1e30, 1e-6
+
 # A line of tops, which tells more of one token: the best ids, their logprobs as float bits, and
 # the logprobs of the ids that were asked for.
 TOPS_PARTS = (MOST_TOP_LOGPROBS, MOST_TOP_LOGPROBS, MOST_LOGPROB_IDS)
@@ -75,14 +79,14 @@ def pack_sampling(request: Request) -> np.ndarray:
     packed = np.zeros(NUM_SAMPLING, np.int32)
     floats = packed.view(np.float32)
     is_cold = sampling.temperature < GREEDY_BELOW
-    floats[0] = 0.0 if is_cold else sampling.temperature
+    floats[0] = 0.0 if is_cold else min(sampling.temperature, MOST_SCORE)
     floats[1] = sampling.top_p
     packed[2] = sampling.top_k
     packed[3:5] = np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32).view(np.int32)
     floats[5] = sampling.min_p
     floats[6] = sampling.frequency_penalty
     floats[7] = sampling.presence_penalty
-    floats[8] = sampling.repetition_penalty
+    floats[8] = max(sampling.repetition_penalty, LEAST_REPETITION)
     packed[9] = len(request.prompt_ids) + min(sampling.min_new_tokens, request.max_new_tokens)
     packed[10] = has_extras(request)
     return packed
@@ -103,7 +107,7 @@ def pack_extras(row: int, request: Request, banned: Sequence[int]) -> np.ndarray
     bias = request.sampling.logit_bias
     ids[: len(bias)] = list(bias)
     biases.view(np.float32)[:] = 0
-    biases.view(np.float32)[: len(bias)] = list(bias.values())
+    biases.view(np.float32)[: len(bias)] = np.clip(list(bias.values()), -MOST_SCORE, MOST_SCORE)
     ends[: len(banned)] = banned
     if request.logprobs is not None:
         probes[: len(request.logprobs.token_ids)] = request.logprobs.token_ids

@@ -221,6 +221,28 @@ def test_all_is_told_once_beside_others_and_after_retractions(engine, logits):
         assert alone["output_ids"] == ids
 
 
+@pytest.mark.parametrize(
+    "params,always,never",
+    [
+        ({"logit_bias": {"5": 1e300}}, 5, None),
+        ({"logit_bias": {"5": 3e38, "6": -3e38}, "temperature": 2e-6}, 5, 6),
+        ({"logit_bias": {str(i): -1e300 for i in range(0, 256, 2)}}, None, 4),
+        ({"repetition_penalty": 1e-300, "temperature": 2e-6}, None, None),
+        ({"temperature": 1e300, "min_new_tokens": 4, "stop_token_ids": [4]}, None, 4),
+        ({"temperature": 1e-6, "top_p": 1e-300, "min_p": 1e-300}, None, None),
+    ],
+    ids=str,
+)
+def test_values_beyond_float32_leave_the_scores_finite(engine, params, always, never):
+    sampling = {"max_new_tokens": 4, "ignore_eos": "stop_token_ids" not in params} | params
+    answer = engine.generate(input_ids=prompt_of(5), sampling_params=sampling, return_logprob=True)
+    print(answer["meta_info"]["finish_reason"], answer["meta_info"]["output_token_logprobs"])
+    assert answer["meta_info"]["finish_reason"]["type"] == "length"
+    assert all(np.isfinite(entry[0]) for entry in answer["meta_info"]["output_token_logprobs"])
+    assert always is None or set(answer["output_ids"]) == {always}
+    assert never not in answer["output_ids"]
+
+
 def test_least_length_holds_back_every_stop(engine):
     prompt = prompt_of(5)
     ids = engine.generate(
