@@ -13,6 +13,7 @@ from jaxserve.models.safetensors_file import SafetensorsFile
 from jaxserve.tokenizer_identity import TokenizerIdentity
 from jaxserve.weights_root import WeightsRoot
 
+MOST_CHARACTERS = 500  # of a value in a message
 SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -79,12 +80,19 @@ class WeightFolder:
             self.path, served.context_length, served.overrides, read_text=self._root.read_text
         )
         ignored = {"dtype"} | ({"eos_token_ids"} if keep_tokenizer else set())
+        if found.num_layers != served.config.num_layers:
+            ignored.add("windows")  # one of each layer: nothing new
         names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ignored]
         return [
-            f"config.json: {name} is {theirs!r}, serving {ours!r}"
+            f"config.json: {name} is {_short(theirs)}, serving {_short(ours)}"
             for name in names
             if (theirs := getattr(found, name)) != (ours := getattr(served.config, name))
         ]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def _check_shards(folder: pathlib.Path, files: list[SafetensorsFile]) -> None:

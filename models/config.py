@@ -120,6 +120,7 @@ class ModelConfig:
         return config
 
 
+MOST_LAYERS, MOST_SIZE = 2**14, 2**31
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -235,9 +236,13 @@ def _number(raw: Mapping[str, Any], key: str, default: float | None) -> float | 
 
 
 def _required(raw: Mapping[str, Any], key: str) -> int:
+    """Bounded: whoever reads it may make as much of it."""
     value = raw.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"config.json: {key} is {value!r}, needs a positive integer")
+    most = MOST_LAYERS if key == "num_hidden_layers" else MOST_SIZE
+    if value > most:
+        raise ValueError(f"config.json: {key} is more than {most}")  # it may have many digits
     return value
 
 

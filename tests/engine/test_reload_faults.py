@@ -211,6 +211,21 @@ FAULTS = {
     ),
     "architecture that nobody serves": (config(architectures=["GPT2"]), "are not served"),
     "other size": (config(num_hidden_layers=7), "num_layers is 7, serving"),
+    "layers beyond counting": (
+        config(num_hidden_layers=300_000_000),
+        "config.json: num_hidden_layers is more than 16384",
+    ),
+    "many layers": (config(num_hidden_layers=16384), "num_layers is 16384, serving 6."),
+    "other windows": (
+        config(
+            num_hidden_layers=6, use_sliding_window=True, sliding_window=64, max_window_layers=0
+        ),
+        "config.json: windows is (64, 64, 64, 64, 64, 64), serving (None,",
+    ),
+    "many ends of sequence": (
+        lambda f: edit_json(f, "generation_config.json", eos_token_id=list(range(10**5))),
+        "0, 1, 2",
+    ),
     "other rope": (config(rope_theta=9.0, rope_parameters=None), "rope is RopeConfig"),
     "other end of sequence": (
         lambda f: edit_json(f, "generation_config.json", eos_token_id=[5]),
@@ -271,7 +286,7 @@ def test_fault_is_told_and_changes_nothing(engine, expected, folder, name):
     break_it(folder)
     with nothing_changes(engine, expected):
         message = refused(engine, folder)
-        assert words in message
+        assert words in message and len(message) < 2000
         assert message.startswith("Failed to ")
         if message.startswith("Failed to update weights: "):
             assert message.endswith(".\nRolling back to original weights.")

@@ -94,6 +94,15 @@ def test_rope_type_in_both_spellings():
     assert old.rope.rope_type == "linear"
 
 
+@pytest.mark.parametrize(
+    "key,most", [("num_hidden_layers", 2**14), ("hidden_size", 2**31), ("head_dim", 2**31)]
+)
+def test_sizes_have_a_bound(key, most):
+    for value in (most + 1, 300_000_000_000, 10**5000):
+        with pytest.raises(ValueError, match=f"config.json: {key} is more than {most}$"):
+            read(**{key: value})
+
+
 def test_null_rope_scaling_is_none():
     assert read(rope_scaling=None) == read()
 
