@@ -3,6 +3,7 @@
 import functools
 import json
 import threading
+import time
 
 import pytest
 import tokenizers
@@ -121,6 +122,66 @@ def test_character_is_shown_when_it_is_whole(tokenizer):
     assert len(ids) == 4, "it is not in the corpus"
     detokenizer = Detokenizer(tokenizer, [])
     assert [detokenizer.push([i]) for i in ids] == ["", "", "", "𝄞"]
+
+
+RUNS = {
+    "no character": lambda of: [of("é")[1]],
+    "beginnings": lambda of: [of("🦊")[0]],
+    "beginnings that go on": lambda of: of("🦊")[:2],
+    "three of four bytes": lambda of: of("🦊")[:3],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_without_characters_is_decoded_in_pieces(tokenizer, fallback, name, monkeypatch):
+    for one in (tokenizer, fallback):
+        sizes = []
+
+        def decode(ids, skip_special_tokens=True, decode=one.decode, sizes=sizes):
+            sizes.append(len(ids))
+            return decode(ids, skip_special_tokens=skip_special_tokens)
+
+        monkeypatch.setattr(one, "decode", decode)
+        ids = (RUNS[name](lambda text, one=one: bytes_of(one, text)) * 600)[:600]
+        ids += bytes_of(one, "🦊")
+        growing = Detokenizer(one, [])
+        for token in ids:
+            growing.push([token])
+        print(f"{name}: {sum(sizes) / len(ids):.0f} ids decoded for each, {max(sizes)} at once")
+        assert sum(sizes) < 60 * len(ids) and max(sizes) < 100
+        if one is tokenizer:  # with byte fallback, a run is all text or none
+            assert growing.finish() == one.decode(ids)
+        monkeypatch.undo()
+
+
+def bytes_of(tokenizer, text: str) -> list[int]:
+    """A token for each byte."""
+    vocabulary = tokenizer._backend.get_vocab()
+    if "<0x00>" in vocabulary:
+        return [vocabulary[f"<0x{byte:02X}>"] for byte in text.encode()]
+    return [vocabulary[BYTES[byte]] for byte in text.encode()]
+
+
+def byte_letters() -> list[str]:
+    """What byte-level tokenizers write for each byte."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in kept else chr(next(others)) for byte in range(256)]
+
+
+BYTES = byte_letters()
+
+
+@pytest.mark.timeout(20)
+def test_hold_back_looks_where_a_stop_may_begin():
+    stops = ["x" * 255 + chr(ord("A") + i) for i in range(32)]
+    text = "the quick brown fo" * 400
+    began = time.process_time()
+    for end in range(1000, 2000):
+        assert hold_back(text[:end], stops) == text[:end]
+    seconds = time.process_time() - began
+    print(f"{seconds:.3f} s for 1000 events")
+    assert seconds < 0.5
 
 
 def test_half_character_at_the_end_is_shown_by_finish_alone(tokenizer):

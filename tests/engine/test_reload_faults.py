@@ -224,7 +224,7 @@ FAULTS = {
     ),
     "many ends of sequence": (
         lambda f: edit_json(f, "generation_config.json", eos_token_id=list(range(10**5))),
-        "0, 1, 2",
+        "config.json: eos_token_ids is (2, 0, 1, 3",
     ),
     "other rope": (config(rope_theta=9.0, rope_parameters=None), "rope is RopeConfig"),
     "other end of sequence": (
