@@ -43,8 +43,9 @@ class EngineConfig:
     load_format: str = option(
         "auto",
         group=MODEL,
-        choices=("auto", "safetensors", "dummy"),
-        help="auto and safetensors read the checkpoint; dummy draws random weights of its shape",
+        choices=("auto", "safetensors", "orbax", "dummy"),
+        help="of the checkpoint (auto: safetensors, or orbax where there are none); dummy draws "
+        "random weights of its shape",
     )
     dtype: str = option(
         "auto",

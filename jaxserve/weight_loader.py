@@ -100,7 +100,7 @@ class WeightLoader:
         if update.load_format not in LOAD_FORMATS:
             raise UpdateFailed(
                 f"Failed to get model loader: {update.load_format!r} is not read here; "
-                f"{' and '.join(LOAD_FORMATS)} are."
+                f"{', '.join(LOAD_FORMATS)} are."
             )
         path, checkpoint, prefix, end = "", None, "Failed to get weights iterator", ""
         try:
@@ -109,7 +109,9 @@ class WeightLoader:
                 checkpoint = self._open_tensors(update)
             else:
                 path, root = self._root.find(update.model_path)
-                folder = WeightFolder(update.model_path, path, root)
+                folder = WeightFolder(
+                    update.model_path, path, root, update.load_format, self.abstract
+                )
                 checkpoint = folder.checkpoint
             prefix, end = "Failed to update weights", f"\n{ROLLED_BACK}"
             return self._load(update, checkpoint, folder, runner, on_bytes)

@@ -16,7 +16,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 NO_SHAPES = {
     "jaxserve.models.checkpoint",
     "jaxserve.models.config",
+    "jaxserve.models.file_identity",
+    "jaxserve.models.fused_tensors",
     "jaxserve.models.fuse",
+    "jaxserve.models.load_format",
+    "jaxserve.models.orbax_arrays",
+    "jaxserve.models.orbax_folder",
     "jaxserve.models.sharding",
     "jaxserve.models.interface",
     "jaxserve.models.registry",
