@@ -1,8 +1,10 @@
 """A folder's checksum file: SHA256SUMS, as `sha256sum *.safetensors > SHA256SUMS` writes it."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import os
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 
@@ -43,6 +45,15 @@ def digests(
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(lambda descriptor: _digest(descriptor, on_bytes), files.values())
         return dict(zip(files, found, strict=True))
+
+
+def write(folder: pathlib.Path) -> None:
+    """Of all that is in a folder, and below it. Raises OSError."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with contextlib.ExitStack() as stack:
+        files = {str(p.relative_to(folder)): stack.enter_context(p.open("rb")) for p in paths}
+        found = digests({name: file.fileno() for name, file in files.items()})
+    (folder / FILE).write_text("".join(f"{found[name]}  {name}\n" for name in found))
 
 
 def _digest(descriptor: int, on_bytes: Callable[[int], None]) -> str:

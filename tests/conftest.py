@@ -22,10 +22,12 @@ NO_SHAPES = {
     "jaxserve.models.load_format",
     "jaxserve.models.orbax_arrays",
     "jaxserve.models.orbax_folder",
+    "jaxserve.models.orbax_writer",
     "jaxserve.models.sharding",
     "jaxserve.models.interface",
     "jaxserve.models.registry",
     "jaxserve.models.safetensors_file",
+    "jaxserve.models.safetensors_writer",
     "jaxserve.models.weights",
 }
 
