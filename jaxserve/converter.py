@@ -67,8 +67,7 @@ def convert(
             write_orbax(work / ORBAX_FOLDER, tensors, read, max_file_bytes)
         else:
             write_safetensors(work, tensors, read, max_file_bytes)
-        for file in checkpoint.files:
-            file.check_unchanged()
+        checkpoint.check_unchanged()
         checksums.write(work)
         _copy_small_files(source, work, dtype)
         work.rename(target)

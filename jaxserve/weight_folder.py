@@ -53,6 +53,12 @@ class WeightFolder:
             folder, load_format, abstract, name=name, open_file=root.open
         )
 
+    @property
+    def weights(self) -> pathlib.Path:
+        """The folder that holds them: this one, or that of the orbax checkpoint in it."""
+        path = self.checkpoint.files[0].path
+        return path if path.is_dir() else self.path
+
     def check(self, served: Served, *, keep_tokenizer: bool) -> None:
         """Compares the configuration and the tokenizer, where the folder has any.
 

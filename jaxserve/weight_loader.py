@@ -189,7 +189,7 @@ class WeightLoader:
         loaded = weight_placement.load(way, source, runner.weight_specs, free)
         on_bytes(0)  # the last chance to end it
         return LoadedUpdate(
-            folder=folder and str(folder.path),
+            folder=folder and str(folder.weights),
             names=frozenset(checkpoint.names()),
             num_bytes=sum(checkpoint.tensor(name).nbytes for name in checkpoint.names()),
             seconds=time.perf_counter() - start,
@@ -245,8 +245,7 @@ class _CheckpointSource:
         return self._reader.read(number, index, base)
 
     def check_unchanged(self) -> None:
-        for file in self._checkpoint.files:
-            file.check_unchanged()
+        self._checkpoint.check_unchanged()
 
     def _current(self, number: int) -> np.ndarray:
         leaf, spec = self._runner.weights[number], self._runner.weight_specs[number]

@@ -79,6 +79,11 @@ class Checkpoint:
         self.file_of(name).read_box(name, rows.shape, box, rows)
         return out
 
+    def check_unchanged(self) -> None:
+        """Raises ValueError where a file was rewritten since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
     def close(self) -> None:
         for file in self.files:
             file.close()

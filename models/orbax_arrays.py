@@ -7,6 +7,7 @@ from the chunks that meet it.
 
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,16 +71,16 @@ class OrbaxArrays:
         import tensorstore  # for those who have such a checkpoint
 
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
-        opening = {
-            name: tensorstore.open(self._spec(key), open=True, read=True, context=context)
-            for name, key in stored.items()
-        }
-        arrays = {}
-        for name, future in opening.items():
-            try:
+        opening = {}
+        try:
+            for name, key in stored.items():
+                spec = self._spec(key)
+                opening[name] = tensorstore.open(spec, open=True, read=True, context=context)
+            arrays = {}
+            for name, future in opening.items():
                 arrays[name] = future.result()
-            except ERRORS as error:
-                raise ValueError(f"{name}: {self._say(error)}") from error
+        except ERRORS as error:
+            raise ValueError(f"{name}: {self._say(error)}") from error
         return arrays
 
     def _spec(self, key: str) -> dict[str, Any]:
@@ -96,8 +97,10 @@ class OrbaxArrays:
         }
 
     def _say(self, error: BaseException) -> str:
-        words = str(error).split(" [")[0] or type(error).__name__
-        return words.replace(f"{self._folder.view}/", "").replace(str(self._folder.view), "")
+        """Without TensorStore's own source lines, and the folder that is only a view."""
+        words = re.split(r" \[[a-z_ ]+=", str(error))[0] or type(error).__name__
+        words = words.replace(f' in OCDBT database at local file "{self._folder.view}/"', "")
+        return words.replace(f"{self._folder.view}/", "")
 
 
 def _stored_names(entries: Any) -> dict[str, str]:
