@@ -68,6 +68,7 @@ def convert(
         else:
             write_safetensors(work, tensors, read, max_file_bytes)
         checkpoint.check_unchanged()
+        _check(work, to, tensors)
         checksums.write(work)
         _copy_small_files(source, work, dtype)
         work.rename(target)
@@ -95,6 +96,18 @@ def _headers(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Tensor]:
             raise ValueError(f"--dtype: {name} is {tensor.dtype}, whose scales are other tensors")
     cast = {n: t for n, t in headers.items() if t.dtype.name in CASTABLE}
     return headers | {n: Tensor(np.dtype(dtype), t.shape, 0) for n, t in cast.items()}
+
+
+def _check(work: pathlib.Path, to: str, tensors: dict[str, Tensor]) -> None:
+    """That whoever reads it finds everything."""
+    written = open_checkpoint(work, to)
+    try:
+        found = {name: written.tensor(name) for name in written.names()}
+    finally:
+        written.close()
+    wanted = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    if {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} != wanted:
+        raise ValueError(f"{work}: what was written is not what it should be")
 
 
 def _copy_small_files(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -> None:
