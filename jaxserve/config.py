@@ -32,7 +32,8 @@ class EngineConfig:
     model_path: str = option(
         group=MODEL,
         aliases=("--model",),
-        help="folder with config.json and safetensors, or a name on the Hugging Face hub",
+        help="folder with config.json and safetensors or an orbax checkpoint, or a name on the "
+        "Hugging Face hub",
     )
     tokenizer_path: str | None = option(
         None, group=MODEL, help="folder or hub name of the tokenizer (default: --model-path)"

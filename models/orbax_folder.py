@@ -5,6 +5,7 @@ of links to descriptors that are open already: what has been looked at is what i
 becomes of the names meanwhile.
 """
 
+import errno
 import json
 import os
 import pathlib
@@ -93,9 +94,17 @@ class OrbaxFolder:
                 (view / path.name).mkdir()
                 self._open_all(path, view / path.name, open_file)
             else:
-                descriptor = open_file(path)
+                descriptor = self._open(path, open_file)
                 self.descriptors[path] = descriptor
                 (view / path.name).symlink_to(f"/dev/fd/{descriptor}")
+
+    def _open(self, path: pathlib.Path, open_file: OpenFile) -> int:
+        try:
+            return open_file(path)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise ValueError(f"{self.path} has more files than `ulimit -n` allows") from error
 
     def _check_finished(self, open_file: OpenFile) -> None:
         """Of a tree's own folder, or of that of the items it is one of."""

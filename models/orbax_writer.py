@@ -13,7 +13,10 @@ import numpy as np
 from jaxserve.models.safetensors_file import Tensor
 
 CHUNK_BYTES = 2 << 20  # quickest to read of 1, 2 and 8 MiB
-GROUP_BYTES = 256 << 20  # of tensors in memory at a time, of which orbax makes a copy
+# Of tensors that are in memory at a time, of which orbax makes a copy; each group is saved as a
+# process of its own would be, with files of its own, so that there may not be too many.
+GROUP_BYTES = 256 << 20
+MOST_GROUPS = 64
 READERS = 4
 
 
@@ -52,10 +55,12 @@ def write_orbax(
 
 
 def _groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    most = max(GROUP_BYTES, total // MOST_GROUPS)
     groups: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
-        if groups[-1] and size + tensor.nbytes > GROUP_BYTES:
+        if groups[-1] and size + tensor.nbytes > most:
             groups.append([])
             size = 0
         groups[-1].append(name)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -318,6 +319,16 @@ def test_chunk_larger_than_its_tensor_is_refused(tmp_path, tensors):
     edit_json(tmp_path / "saved" / UP / ".zarray", lambda c: c.update(chunks=[1 << 20, 1 << 20]))
     with pytest.raises(ValueError, match=f"{UP}: its chunks are larger than itself"):
         open_checkpoint(tmp_path / "saved")
+
+
+def test_more_files_than_may_be_open_is_told(saved):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, before[1]))
+    try:
+        with pytest.raises(ValueError, match="state has more files than `ulimit -n` allows"):
+            open_checkpoint(saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_what_was_opened_is_what_is_read(saved, abstract, expected, tensors):
