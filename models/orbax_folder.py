@@ -70,8 +70,10 @@ class OrbaxFolder:
             self._opened = {path: os.fstat(fd) for path, fd in self.descriptors.items()}
             self.tree = _parse(path / TREE_FILE, self.descriptors[path / TREE_FILE])
             self._check_finished(open_file or _open)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                raise ValueError(f"{path} has more files than `ulimit -n` allows") from error
             raise
 
     def check_unchanged(self) -> None:
@@ -94,17 +96,9 @@ class OrbaxFolder:
                 (view / path.name).mkdir()
                 self._open_all(path, view / path.name, open_file)
             else:
-                descriptor = self._open(path, open_file)
+                descriptor = open_file(path)
                 self.descriptors[path] = descriptor
                 (view / path.name).symlink_to(f"/dev/fd/{descriptor}")
-
-    def _open(self, path: pathlib.Path, open_file: OpenFile) -> int:
-        try:
-            return open_file(path)
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise
-            raise ValueError(f"{self.path} has more files than `ulimit -n` allows") from error
 
     def _check_finished(self, open_file: OpenFile) -> None:
         """Of a tree's own folder, or of that of the items it is one of."""
