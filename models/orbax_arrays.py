@@ -85,7 +85,7 @@ class OrbaxArrays:
 
     def _spec(self, key: str) -> dict[str, Any]:
         tree, files = self._folder.tree, {"driver": "file", "path": f"{self._folder.view}/"}
-        if tree.get("use_ocdbt"):
+        if self._folder.is_ocdbt:
             store = {"driver": "ocdbt", "base": files, "path": f"{key}/"}
         else:
             store = files | {"path": f"{self._folder.view}/{key}/"}

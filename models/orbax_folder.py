@@ -17,6 +17,7 @@ from jaxserve.models.checkpoint import OpenFile
 from jaxserve.models.file_identity import check_unchanged
 
 TREE_FILE = "_METADATA"  # the tree's names, beside the arrays
+MANIFEST = "manifest.ocdbt"
 COMMIT_FILE = "_CHECKPOINT_METADATA"
 DEPTH = 2  # of the search: a model's folder, a checkpoint in it, one of the items in that
 UNFINISHED = (".orbax-checkpoint-tmp", ".partial_save")  # parts of a name
@@ -76,6 +77,11 @@ class OrbaxFolder:
                 raise ValueError(f"{path} has more files than `ulimit -n` allows") from error
             raise
 
+    @property
+    def is_ocdbt(self) -> bool:
+        """Whether the arrays are in one key-value store; older trees do not tell."""
+        return self.tree.get("use_ocdbt", self.path / MANIFEST in self.descriptors)
+
     def check_unchanged(self) -> None:
         """Raises ValueError where a file was written to since it was opened, or another has its
         name now."""
@@ -113,8 +119,8 @@ class OrbaxFolder:
                 if commit is None:
                     raise ValueError(f"{folder} is not finished: {COMMIT_FILE} has no commit in it")
                 break
-        if self.tree.get("use_ocdbt") and self.path / "manifest.ocdbt" not in self.descriptors:
-            raise ValueError(f"{self.path} is not finished: it lacks manifest.ocdbt")
+        if self.is_ocdbt and self.path / MANIFEST not in self.descriptors:
+            raise ValueError(f"{self.path} is not finished: it lacks {MANIFEST}")
 
 
 def _parse(path: pathlib.Path, descriptor: int) -> dict:

@@ -8,12 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
+from orbax.checkpoint import v1
 
-from jaxserve import Engine
+from jaxserve import Engine, make_step
 from jaxserve.checksums import FILE as SUMS
 from jaxserve.compile_counter import CompileCounter
 from jaxserve.converter import ORBAX_FOLDER, convert
 from jaxserve.model_loader import ModelFiles
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.orbax_arrays import OrbaxArrays
 from tests.engine.reloading import (
     FILE,
@@ -117,6 +119,14 @@ def test_reloads_alternate_exactly_between_the_formats_and_compile_nothing(engin
 def test_other_ways_to_place_them(engine, expected, root, monkeypatch, way):
     monkeypatch.setattr(engine._core._control._loader, "way", way)
     engine.update_weights_from_disk(str(root / "other-orbax"))
+    assert outputs(engine) == expected["other"]
+
+
+def test_what_step_prepare_returned_is_served(engine, expected, root):
+    step = make_step(ModelConfig.from_pretrained(DEMO_MODEL), max_rows=4, max_len=64)
+    prepared = step.prepare(safetensors.numpy.load_file(root / "other" / FILE))
+    v1.save(root / "prepared", prepared)
+    engine.update_weights_from_disk(str(root / "prepared"))
     assert outputs(engine) == expected["other"]
 
 

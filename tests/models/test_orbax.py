@@ -83,6 +83,20 @@ def test_every_way_to_save_is_read(tmp_path, abstract, expected, tensors, how):
     assert_equal(load(tmp_path / "saved" / inner, abstract), expected, tensors)
 
 
+def test_tree_of_an_older_orbax_does_not_tell_of_the_store(tmp_path, abstract, expected, tensors):
+    save, tree, _ = SAVED["standard"]
+    save(tmp_path / "saved", tree(tensors))
+
+    def without_newer_keys(content):
+        for key in ("use_ocdbt", "use_zarr3", "store_array_data_equal_to_fill_value"):
+            del content[key]
+
+    edit_json(tmp_path / "saved/_METADATA", without_newer_keys)
+    (tmp_path / "saved/_CHECKPOINT_METADATA").unlink()
+    (tmp_path / "saved/commit_success.txt").unlink()
+    assert_equal(load(tmp_path / "saved", abstract), expected, tensors)
+
+
 @pytest.mark.parametrize("tree", [lambda p: p, nnx.to_pure_dict], ids=["state", "dict"])
 def test_tree_that_is_fused_is_read_and_gives_the_tensors(
     tmp_path, abstract, expected, tensors, tree
