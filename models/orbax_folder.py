@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import pathlib
-import shutil
 import stat
 import tempfile
 
@@ -65,7 +64,10 @@ class OrbaxFolder:
         """Raises ValueError, OSError: it is not finished, or a file is not a regular one."""
         self.path = path
         self.descriptors: dict[pathlib.Path, int] = {}
-        self.view = pathlib.Path(tempfile.mkdtemp(prefix="jaxserve-orbax-"))
+        self._links = tempfile.TemporaryDirectory(  # removed even by who forgets to close it
+            prefix="jaxserve-orbax-", ignore_cleanup_errors=True
+        )
+        self.view = pathlib.Path(self._links.name)
         try:
             self._open_all(path, self.view, open_file or _open)
             self._opened = {path: os.fstat(fd) for path, fd in self.descriptors.items()}
@@ -92,7 +94,7 @@ class OrbaxFolder:
         for descriptor in self.descriptors.values():
             os.close(descriptor)
         self.descriptors = {}
-        shutil.rmtree(self.view, ignore_errors=True)
+        self._links.cleanup()
 
     def _open_all(self, folder: pathlib.Path, view: pathlib.Path, open_file: OpenFile) -> None:
         for path in sorted(folder.iterdir()):
