@@ -117,7 +117,7 @@ def _build(
         model = files.take(params)
     _log_kv_cache(memory)
     shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
-    runner = build_runner(model, shape, buckets)
+    runner = build_runner(model, shape, buckets, deterministic=config.deterministic)
     if not is_cpu:
         memory.check_programs(runner.program_bytes)
     allocator = PageAllocator(memory.num_pages)
@@ -179,12 +179,14 @@ def _build(
     )
 
 
-def build_runner(model, shape: StateShape, buckets: Buckets) -> Runner:
+def build_runner(
+    model, shape: StateShape, buckets: Buckets, *, deterministic: bool = False
+) -> Runner:
     """Compiles every bucket. `model` is what `ModelFiles.load` returns. Raises ValueError where the
     device has no room for the state or for compiling."""
     began = time.perf_counter()
     try:
-        runner = Runner(*model, shape, buckets, _report_compiled)
+        runner = Runner(*model, shape, buckets, _report_compiled, deterministic=deterministic)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -268,11 +270,17 @@ def _log_header(
 
 
 def find_device(config: EngineConfig) -> jax.Device:
-    """Raises ValueError where JAX already runs elsewhere: it chooses once in a process's life."""
+    """Raises ValueError where JAX already runs elsewhere (it chooses once in a process's life), or
+    the device cannot do what an option asks for."""
     device = jax.devices()[0]
     wanted = {"auto": device.platform, "cuda": "gpu"}.get(config.device, config.device)
     if device.platform != wanted:
         raise ValueError(f"--device {config.device}: JAX runs on {device.platform} here")
+    if config.deterministic and device.platform != "cpu":
+        raise ValueError(
+            f"--deterministic: on {device.platform} no two batch sizes are computed alike; only "
+            "--device cpu can do it"
+        )
     return device
 
 

@@ -122,7 +122,7 @@ def load_runner(log: PlanLog, config: EngineConfig):
             f"{log.name} was written by another jaxserve ({header.jaxserve}): {error}"
         ) from error
     model = files.load(config.load_format, config.random_seed or 0)
-    return build_runner(model, shape, header.buckets)
+    return build_runner(model, shape, header.buckets, deterministic=config.deterministic)
 
 
 def load_weights(config: EngineConfig, folder: str) -> list[Any]:

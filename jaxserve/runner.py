@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 
 from jaxserve import programs
 from jaxserve.buckets import Buckets
+from jaxserve.models import batch_invariant
 from jaxserve.state import State, StateShape
 from jaxserve.step_plan import NUM_EXTRAS, PATCH_HEADER, SAMPLERS, StepPlan, ints
 from jaxserve.step_result import StepResult
@@ -42,8 +44,14 @@ class Runner:
         shape: StateShape,
         buckets: Buckets,
         on_compiled: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        deterministic: bool = False,
     ):
-        """Compiles every bucket; calls `on_compiled(done, total)` after each."""
+        """Compiles every bucket; calls `on_compiled(done, total)` after each.
+
+        Args:
+          deterministic: what a request gets depends on it alone, to the bit (`BatchInvariant`).
+        """
         leaves, treedef = jax.tree.flatten(params)
         self._weights: tuple[jax.Array | None, ...] = tuple(leaves)
         self.weight_specs = tuple(
@@ -53,9 +61,13 @@ class Runner:
         self._patch_width = PATCH_HEADER + shape.pages_per_row
         self._state = shape.create()
         self._score_size = buckets.scores
-        merge = functools.partial(_merge, graphdef, treedef)
-        jobs = _jobs(merge, self._weights, self._state, buckets, self._patch_width)
-        self._programs = _compile_all(jobs, on_compiled)
+        # None: the best attention for the device.
+        merge, attention, compiler_options = functools.partial(_merge, graphdef, treedef), None, {}
+        if deterministic:
+            merge, attention = batch_invariant.wrap(merge), batch_invariant.ATTENTION
+            compiler_options = batch_invariant.COMPILER_OPTIONS
+        jobs = _jobs(merge, attention, self._weights, self._state, buckets, self._patch_width)
+        self._programs = _compile_all(jobs, compiler_options, on_compiled)
 
     @property
     def program_bytes(self) -> int:
@@ -189,14 +201,21 @@ def _merge(graphdef, treedef, weights: tuple[jax.Array, ...]):
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
 
 
-def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> dict[tuple, tuple]:
+def _jobs(
+    merge,
+    attention: str | None,
+    weights,
+    state: State,
+    buckets: Buckets,
+    patch_width: int,
+) -> dict[tuple, tuple]:
     """Every program by its key: (function, arguments, donated argument)."""
 
     def upload(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     partial = functools.partial
-    model = merge, None  # None: the best attention for the device
+    model = merge, attention
     jobs: dict[tuple, tuple] = {
         ("peek", "out"): (programs.peek, (state.out,), ()),
         ("peek", "tops"): (programs.peek, (state.tops,), ()),
@@ -239,13 +258,18 @@ def _working_bytes(program: jax.stages.Compiled) -> int:
     return stats.temp_size_in_bytes + max(fresh, 0)
 
 
-def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], None]):
+def _compile_all(
+    jobs: dict[tuple, tuple],
+    compiler_options: dict[str, Any],
+    on_compiled: Callable[[int, int], None],
+):
     """Every program, compiled in parallel."""
 
     def compile_one(job):
         function, arguments, donated = job
         # Not keep_unused: with it a cache of JAX's keeps every program for good.
-        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        return lowered.compile(compiler_options)
 
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
         futures = {key: pool.submit(compile_one, job) for key, job in jobs.items()}
