@@ -15,26 +15,33 @@ from jaxtyping import Array, Int32
 TILE = 16
 
 
-def in_tiles(function: Callable[..., Any], *rows: Any) -> Any:
+def in_tiles(
+    function: Callable[..., Any],
+    *rows: Any,
+    count: Int32[Array, ""] | int | None = None,
+    size: int = TILE,
+) -> Any:
     """`function(*rows)`, computed by tiles.
 
     Args:
-      function: of pytrees of arrays [TILE, ...], to the same; each row of its own.
+      function: of pytrees of arrays [size, ...], to the same; each row of its own.
       rows: pytrees of arrays [T, ...], for any T.
+      count: as `scan_tiles` has it; all rows unless given.
     """
 
     def one(carry: None, start: jax.Array, *tile: Any) -> tuple[None, Any]:
         return carry, function(*tile)
 
-    num_rows = len(jax.tree.leaves(rows)[0])
-    return scan_tiles(one, None, rows, jnp.int32(num_rows))[1]
+    count = len(jax.tree.leaves(rows)[0]) if count is None else count
+    return scan_tiles(one, None, rows, count, size)[1]
 
 
 def scan_tiles(
     function: Callable[..., tuple[Any, Any]],
     carry: Any,
     rows: tuple[Any, ...],
-    count: Int32[Array, ""],
+    count: Int32[Array, ""] | int,
+    size: int = TILE,
 ) -> tuple[Any, Any]:
     """Hands `carry` from tile to tile.
 
@@ -42,19 +49,20 @@ def scan_tiles(
       function: of carry, the number of the tile's first row, and the tiles of `rows`, to the next
         carry and the tile's results.
       count: rows that matter, the first ones; tiles behind them are not computed and give zeros.
+      size: of a tile.
 
     Returns:
       The last carry, and the results of all rows.
     """
     num_rows = len(jax.tree.leaves(rows)[0])
-    padding = -num_rows % TILE
+    # Two tiles at least, no constant inside, and nobody knows how often the loop runs: otherwise
+    # XLA could take things out of it, or dissolve it into what is around it.
+    padding = max(-num_rows % size, 2 * size - num_rows)
     padded = jax.tree.map(lambda x: jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1))), rows)
-    # No constant may be known inside, nor how often the loop runs: a loop that runs once would be
-    # dissolved into what is around it.
-    padded, count = jax.lax.optimization_barrier((padded, count))
+    padded, count = jax.lax.optimization_barrier((padded, jnp.int32(count)))
 
     def tile_at(start: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, TILE), padded)
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), padded)
 
     def body(state: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
         start, carry, out = state
@@ -64,7 +72,7 @@ def scan_tiles(
         out = jax.tree.map(
             lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, start, 0), out, new
         )
-        return start + TILE, carry, out
+        return start + size, carry, out
 
     def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.zeros((num_rows + padding, *shape.shape[1:]), shape.dtype)

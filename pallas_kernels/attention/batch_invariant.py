@@ -19,6 +19,7 @@ from pallas_kernels.attention.reference import NEVER
 from pallas_kernels.fixed_tiles import TILE, in_tiles
 
 BLOCK = 64  # keys
+QUERIES = 4  # at a time: so few that their keys stay in a CPU's L2 cache
 
 
 @typing.no_type_check  # a pytree: its leaves are not always arrays
@@ -61,14 +62,16 @@ def paged_attention(
     def attend(q: jax.Array, row: jax.Array, num_keys: jax.Array) -> jax.Array:
         return _attend(q, cache, layer, tokens.page_table[row], num_keys, scale, window)
 
-    return in_tiles(attend, q, tokens.row, tokens.num_keys)
+    token = jnp.arange(1, len(q) + 1, dtype=jnp.int32)
+    count = jnp.where(tokens.num_keys > 0, token, 0).max()
+    return in_tiles(attend, q, tokens.row, tokens.num_keys, count=count, size=QUERIES)
 
 
 def _attend(q, cache: KVCache, layer, page_table, num_keys, scale, window):
     """Of one tile: q [C, N, H], page_table i32[C, M], num_keys i32[C]."""
     # Padding may hold anything.
     scaled = jnp.where((num_keys > 0)[:, None, None], q.astype(jnp.float32) * scale, 0)
-    queries = scaled.reshape(TILE, cache.num_kv_heads, -1, cache.head_dim)
+    queries = scaled.reshape(QUERIES, cache.num_kv_heads, -1, cache.head_dim)
     first_key = jnp.zeros_like(num_keys) if window is None else jnp.maximum(num_keys - window, 0)
     # Blocks that another token of the tile needs change nothing: their weights are 0, and a factor
     # of 1 is exact.
