@@ -19,6 +19,7 @@ from jaxserve.engine_core import EngineCore
 from jaxserve.memory_plan import MemoryPlan, device_memory, pages_per_row, plan_memory
 from jaxserve.messages import EngineInfo
 from jaxserve.model_loader import ModelFiles, num_bytes
+from jaxserve.models import batch_invariant
 from jaxserve.models.registry import create_model
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.plan_builder import PlanBuilder
@@ -276,11 +277,8 @@ def find_device(config: EngineConfig) -> jax.Device:
     wanted = {"auto": device.platform, "cuda": "gpu"}.get(config.device, config.device)
     if device.platform != wanted:
         raise ValueError(f"--device {config.device}: JAX runs on {device.platform} here")
-    if config.deterministic and device.platform != "cpu":
-        raise ValueError(
-            f"--deterministic: on {device.platform} no two batch sizes are computed alike; only "
-            "--device cpu can do it"
-        )
+    if config.deterministic:
+        batch_invariant.check(device.platform, "--deterministic")
     return device
 
 

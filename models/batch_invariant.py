@@ -4,8 +4,6 @@ chunks, beside others, in serving and in training."""
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jaxserve.models.interface import CausalLM
@@ -44,6 +42,15 @@ class BatchInvariant:
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         return in_tiles(self._model.logits, hidden)
+
+
+def check(platform: str, option: str) -> None:
+    """Raises ValueError on a device that cannot do what `option` asks for."""
+    if platform != "cpu":
+        raise ValueError(
+            f"{option}: the device is a {platform}, and only a CPU computes fixed tiles to the "
+            "same bits; --device cpu can do it, or leave it out"
+        )
 
 
 def wrap(merge: Callable[..., CausalLM]) -> Callable[..., CausalLM]:
