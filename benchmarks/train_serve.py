@@ -1,7 +1,7 @@
 """How far the logprobs that the engine returned are from those of the training forward.
 
     python benchmarks/train_serve.py --model tiny --dtype float32 --deterministic
-    python benchmarks/train_serve.py --model llama-3.1-8b --prompts 8 --prompt-len 256 --output-len 256
+    python benchmarks/train_serve.py --model llama-3.1-8b --prompt-len 256 --output-len 256
 
 Samples with one engine of dummy weights, at temperature 1, then runs `token_logprobs` on the same
 parameters (`served_logprobs` with --deterministic). Prints one JSON object:
