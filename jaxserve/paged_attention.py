@@ -4,7 +4,7 @@ import dataclasses
 import typing
 
 import jax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels import attention
 from pallas_kernels.attention import KVCache, Plan, RaggedBatch
@@ -17,6 +17,7 @@ class PagedAttention:
     cache: KVCache
     slot_mapping: Int32[Array, " T"]
     plan: Plan
+    is_live: Bool[Array, " T"]
 
     @classmethod
     def of(
@@ -24,6 +25,7 @@ class PagedAttention:
         cache: KVCache,
         slot_mapping: Int32[Array, " T"],
         batch: RaggedBatch,
+        is_live: Bool[Array, " T"],
         *,
         implementation: str | None = None,
     ):
@@ -33,9 +35,12 @@ class PagedAttention:
             num_tokens=len(slot_mapping),
             implementation=implementation,
         )
-        return cls(cache, slot_mapping, plan)
+        return cls(cache, slot_mapping, plan, is_live)
 
     def __call__(self, layer, q, k, v, *, window=None):
         cache = attention.write_kv(self.cache, layer, k, v, self.slot_mapping)
         out = attention.paged_attention(q, cache, layer, self.plan, window=window)
         return out, dataclasses.replace(self, cache=cache)
+
+    def note_experts(self, layer, expert_ids):
+        return self

@@ -1,4 +1,4 @@
-"""A layer of experts (https://arxiv.org/abs/1701.06538), each a SwiGLU, of which a token takes k."""
+"""A layer of experts, of which each token takes a few (https://arxiv.org/abs/1701.06538)."""
 
 from pallas_kernels.moe.api import Plan as Plan
 from pallas_kernels.moe.api import experts as experts
