@@ -13,13 +13,22 @@ import jax
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.backend import first_that_can
-from pallas_kernels.moe import reference
+from pallas_kernels.moe import reference, triton
 from pallas_kernels.moe.dispatch import Dispatch
 from pallas_kernels.moe.gradient import pull_back
 
-PLANS = {"reference": reference.plan}
-PREFERENCE: dict[str, tuple[str, ...]] = {}  # by platform; elsewhere the reference
-APPLY = {"reference": reference.experts}
+# "triton-interpret" runs the meaning of the Triton kernels anywhere, slowly: for tests.
+PLANS = {
+    "triton": triton.plan,
+    "triton-interpret": triton.plan,
+    "reference": reference.plan,
+}
+PREFERENCE = {"gpu": ("triton", "reference")}  # by platform; elsewhere the reference
+APPLY = {
+    "triton": triton.experts,
+    "triton-interpret": functools.partial(triton.experts, interpret=True),
+    "reference": reference.experts,
+}
 
 
 @typing.no_type_check  # a pytree: its leaves are not always arrays

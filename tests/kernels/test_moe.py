@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import moe
 from pallas_kernels.moe.dispatch import BLOCK, make_dispatch
 
-IMPLEMENTATIONS = ["reference"]
+IMPLEMENTATIONS = ["reference", "triton-interpret"]
 if jax.default_backend() == "gpu":
     IMPLEMENTATIONS.append("triton")
 
@@ -193,6 +194,29 @@ def test_gradients_are_those_of_all_experts_written_out(implementation):
     ):
         np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
         assert np.abs(want).max() > 0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 4096])
+def test_lowers_for_cuda_without_a_loop_or_a_sort(num_tokens):
+    """Either would split the CUDA graph. No GPU is needed for this."""
+    hidden, inner, num_experts, choices = 2048, 1408, 60, 4
+    shapes = [
+        ((num_tokens, hidden), jnp.bfloat16),
+        ((num_experts, 2, inner, hidden), jnp.bfloat16),
+        ((num_experts, hidden, inner), jnp.bfloat16),
+        ((num_tokens, choices), jnp.float32),
+        ((num_tokens, choices), jnp.int32),
+        ((num_tokens,), jnp.bool_),
+    ]
+    device = AbstractDevice("NVIDIA H200", 132, "cuda")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        traced = run.trace(*(jax.ShapeDtypeStruct(*s) for s in shapes), implementation="triton")
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("xla.gpu.triton") == 2
+    for name in ("grouped_swiglu", "grouped_matmul"):
+        assert name in text
+    for word in ("stablehlo.while", "stablehlo.sort", "stablehlo.dot", "stablehlo.case"):
+        assert word not in text
 
 
 def test_wrong_sizes_are_refused():
