@@ -10,11 +10,9 @@ the bus to the device allow; memory before and after; programs compiled meanwhil
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import json
 import math
-import os
 import pathlib
 import statistics
 import subprocess
@@ -24,52 +22,16 @@ import time
 from collections.abc import Iterator
 
 import httpx
-import numpy as np
-
-MODELS = {
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "llama-3.1-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "rope_theta": 500000.0,
-    },
-}
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "eos_token_id": 1,
-}
-SHARD_BYTES = 5 << 30
-BLOCK_BYTES = 64 << 20
-THREADS = 4  # as the server reads
+from machine import allowed_rates
+from random_checkpoint import LLAMA, MODELS, write_checkpoint
 
 
 def main() -> None:
     options = parse()
-    if options.bus:
-        print(json.dumps(bus()))
-        return
     folder = options.folder
     if not (folder / "config.json").exists():
         write_checkpoint(folder, LLAMA | MODELS[options.model])
-    floors = page_cache_and_disk(sorted(folder.glob("*.safetensors")))
-    command = [sys.executable, __file__, "--bus"]  # a process of its own: it must leave the device
-    floors |= json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    floors = allowed_rates(folder)
     print(f"bytes per second at most: {floors}", file=sys.stderr)
     with serving(folder, options.way, options.port, options.server_args) as client:
         print(json.dumps(measure(client, folder, options.reloads) | {"floors": floors}, indent=2))
@@ -82,114 +44,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--way", choices=("aside", "host", "in-place"), default="host")
     parser.add_argument("--reloads", type=int, default=20)
     parser.add_argument("--port", type=int, default=30123)
-    parser.add_argument("--bus", action="store_true", help="only time copies to the device")
     parser.add_argument("server_args", nargs="*", help="after --: more flags for the server")
     return parser.parse_args()
-
-
-# The checkpoint.
-
-
-def write_checkpoint(folder: pathlib.Path, config: dict) -> None:
-    """Small random weights, the same block of them again and again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    bits = np.random.default_rng(0).integers(0, 1 << 16, BLOCK_BYTES // 2, np.uint16)
-    block = ((bits & 0x80FF) | 0x3C00).tobytes()  # bfloat16 of either sign, about 0.01
-    shards, size = [{}], 0
-    for name, shape in tensors(config):
-        size += 2 * math.prod(shape)
-        if size > SHARD_BYTES:
-            shards, size = [*shards, {}], 2 * math.prod(shape)
-        shards[-1][name] = shape
-    weight_map = {}
-    for i, shard in enumerate(shards, start=1):
-        path = folder / f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(path, shard, block)
-        weight_map |= dict.fromkeys(shard, path.name)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-
-
-def tensors(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}"
-        for name, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
-            yield f"{layer}.self_attn.{name}_proj.weight", (rows, hidden)
-        for name in ("gate", "up"):
-            yield f"{layer}.mlp.{name}_proj.weight", (inner, hidden)
-        yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
-        yield f"{layer}.input_layernorm.weight", (hidden,)
-        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (config["vocab_size"], hidden)
-
-
-def write_shard(path: pathlib.Path, shapes: dict[str, tuple[int, ...]], block: bytes) -> None:
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (begin, end)}
-    encoded = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for left in range(end, 0, -len(block)):
-            file.write(block[:left])
-
-
-# What the machine allows.
-
-
-def page_cache_and_disk(paths: list[pathlib.Path]) -> dict[str, float]:
-    """Bytes per second of reading the files with the server's number of threads."""
-    for path in paths:
-        with path.open("rb") as file:
-            os.fdatasync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return {"disk": read_rate(paths), "page_cache": max(read_rate(paths) for _ in range(2))}
-
-
-def read_rate(paths: list[pathlib.Path]) -> float:
-    pieces = [
-        (path, start) for path in paths for start in range(0, path.stat().st_size, 16 * BLOCK_BYTES)
-    ]
-
-    def read(piece: tuple[pathlib.Path, int]) -> int:
-        path, start = piece
-        buffer, total = np.empty(BLOCK_BYTES, np.uint8), 0
-        with path.open("rb", buffering=0) as file:
-            for position in range(start, start + 16 * BLOCK_BYTES, BLOCK_BYTES):
-                total += os.preadv(file.fileno(), [buffer], position)
-        return total
-
-    began = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        total = sum(pool.map(read, pieces))
-    return total / (time.perf_counter() - began)
-
-
-def bus() -> dict[str, float]:
-    """Bytes per second from the host to the device."""
-    import jax
-
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    values = np.ones((16, BLOCK_BYTES), np.uint8)
-    pinned = jax.device_put(values, device.with_memory_kind("pinned_host"))
-    rates = {}
-    for name, source in (("bus", pinned), ("bus_from_pageable_memory", values)):
-        times = []
-        for _ in range(4):
-            began = time.perf_counter()
-            jax.device_put(source, device).block_until_ready()
-            times.append(time.perf_counter() - began)
-        rates[name] = values.nbytes / min(times)
-    return rates
-
-
-# The server.
 
 
 @contextlib.contextmanager

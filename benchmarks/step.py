@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.buckets import Buckets
+from jaxserve.compiler import compile_programs
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import create_model
 from jaxserve.runner import Runner
@@ -100,11 +101,12 @@ class Bench:
             decode_steps=(num_steps,),
             scores=64,
         )
-        graphdef, params = create_model(config, key=jax.random.key(0))
+        params = create_model(config, key=jax.random.key(0))[1]
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         token = 4 * config.num_layers * config.num_kv_heads * config.head_dim
         self.floor = (weights + token * context * rows) / MEMORY_BYTES_PER_S * 1e3
-        self.runner = Runner(graphdef, params, shape, buckets)
+        compiled = compile_programs(*create_model(config), shape, buckets)
+        self.runner = Runner(compiled, params, shape, buckets.scores)
         self.fill = self.patch(rows, self.context)
 
     def patch(self, num_lines: int, seq_len: int) -> bytes:

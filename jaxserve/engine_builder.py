@@ -1,5 +1,6 @@
 """From a configuration to an engine: plans the memory, loads the model, compiles every bucket."""
 
+import concurrent.futures
 import dataclasses
 import logging
 import os
@@ -9,14 +10,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 import jaxserve
-from jaxserve import compilation_cache, hub
+from jaxserve import compilation_cache, hub, weight_placement
 from jaxserve.buckets import Buckets
 from jaxserve.compile_counter import CompileCounter
+from jaxserve.compiler import compile_programs, working_bytes
 from jaxserve.config import EngineConfig
 from jaxserve.engine_core import EngineCore
-from jaxserve.memory_plan import MemoryPlan, device_memory, pages_per_row, plan_memory
+from jaxserve.memory_plan import (
+    MemoryPlan,
+    device_memory,
+    free_host_memory,
+    pages_per_row,
+    plan_memory,
+)
 from jaxserve.messages import EngineInfo
 from jaxserve.model_loader import ModelFiles, num_bytes
 from jaxserve.models.registry import create_model
@@ -30,6 +39,7 @@ from jaxserve.scheduler import Scheduler
 from jaxserve.serving_state import ServingState
 from jaxserve.state import StateShape
 from jaxserve.step_log import StepLog
+from jaxserve.stopwatch import Stopwatch
 from jaxserve.tokenizer import Tokenizer
 from jaxserve.tokenizer_identity import TokenizerIdentity
 from jaxserve.weight_folder import Served
@@ -86,8 +96,9 @@ def build_engine(
 def _build(
     config: EngineConfig, clock: Callable[[], float], counter: CompileCounter, params: Any
 ) -> EngineCore:
-    start = clock()
-    device = find_device(config)
+    stopwatch = Stopwatch(clock)
+    with stopwatch.part("device"):
+        device = find_device(config)
     is_cpu = device.platform == "cpu"
     compilation_cache.enable(config.compilation_cache_dir)
     files = ModelFiles.find(config)
@@ -100,7 +111,7 @@ def _build(
         sizes.bucket_growth,
         config.num_continuous_decode_steps,
     )
-    abstract = create_model(files.config)[1]
+    model = graphdef, abstract = create_model(files.config)
     memory = plan_memory(
         config,
         files.config,
@@ -111,15 +122,28 @@ def _build(
         state_bytes=_state_shape(config, files, sizes, buckets, num_pages=2).num_bytes,
     )
     logger.info("%s", memory)
-    if params is None:
-        model = files.load(config.load_format, config.random_seed or 0)
-    else:
-        model = files.take(params)
     _log_kv_cache(memory)
     shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
-    runner = build_runner(model, shape, buckets)
-    if not is_cpu:
-        memory.check_programs(runner.program_bytes)
+
+    def load() -> nnx.State:
+        with stopwatch.part("weights"):
+            if params is None:
+                loaded = files.load(abstract, config.load_format, config.random_seed or 0)
+            else:
+                loaded = files.take(abstract, params)
+        if memory.weight_reload == "host" and not is_cpu:
+            with stopwatch.part("pinned memory"):
+                _reserve_pinned(loaded)
+        return loaded
+
+    runner = build_runner(
+        model,
+        load,
+        shape,
+        buckets,
+        stopwatch,
+        check_programs=lambda num_bytes: None if is_cpu else memory.check_programs(num_bytes),
+    )
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
         allocator,
@@ -157,7 +181,8 @@ def _build(
         num_devices=jax.device_count(),
         weight_bytes=memory.weight_bytes,
         kv_cache_bytes=memory.kv_cache_bytes,
-        startup_seconds=clock() - start,
+        startup_seconds=stopwatch.total,
+        startup_phases=stopwatch.seconds,
     )
     plan_builder = PlanBuilder(buckets, max_rows=sizes.max_rows, pages_per_row=shape.pages_per_row)
     recorder = None
@@ -179,22 +204,60 @@ def _build(
     )
 
 
-def build_runner(model, shape: StateShape, buckets: Buckets) -> Runner:
-    """Compiles every bucket. `model` is what `ModelFiles.load` returns. Raises ValueError where the
-    device has no room for the state or for compiling."""
-    began = time.perf_counter()
-    try:
-        runner = Runner(*model, shape, buckets, _report_compiled)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ValueError(f"out of memory, lower --mem-fraction-static: {error}") from error
-    logger.info(
-        "Compiled in %.1f s. The programs need up to %.2f GB.",
-        time.perf_counter() - began,
-        runner.program_bytes / 1e9,
-    )
-    return runner
+def build_runner(
+    model: tuple[nnx.GraphDef, nnx.State],
+    load: Callable[[], nnx.State],
+    shape: StateShape,
+    buckets: Buckets,
+    stopwatch: Stopwatch,
+    check_programs: Callable[[int], None] = lambda num_bytes: None,
+) -> Runner:
+    """Compiles every bucket while the weights are loaded: neither needs the other.
+
+    Args:
+      model: from `create_model`.
+      load: gives the parameters.
+      stopwatch: gets the part "compile".
+      check_programs: called with the bytes that the programs need while they run; may raise.
+
+    Raises:
+      ValueError: the device has no room for the state or for compiling.
+      Whatever `load` and `check_programs` raise.
+    """
+
+    with concurrent.futures.ThreadPoolExecutor(1, "jaxserve-weights") as pool:
+        loading = pool.submit(load)
+
+        def on_compiled(done: int, total: int) -> None:
+            if loading.done():
+                loading.result()  # a checkpoint that does not fit ends the compiling too
+            if done % 5 == 0 or done == total:
+                logger.info("Compiling programs: %d/%d", done, total)
+
+        try:
+            with stopwatch.part("compile"):
+                compiled = compile_programs(*model, shape, buckets, on_compiled)
+            num_bytes = working_bytes(compiled)
+            logger.info(
+                "Compiled in %.1f s. The programs need up to %.2f GB.",
+                stopwatch.seconds["compile"],
+                num_bytes / 1e9,
+            )
+            check_programs(num_bytes)
+            return Runner(compiled, loading.result(), shape, buckets.scores)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ValueError(f"out of memory, lower --mem-fraction-static: {error}") from error
+
+
+def _reserve_pinned(params: nnx.State) -> None:
+    """So that the first reload finds the memory that later ones find."""
+    specs = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in jax.tree.leaves(params)
+    ]
+    if not weight_placement.reserve_pinned(specs, free_host_memory()):
+        logger.warning("the machine has no memory left for new weights: --weight-reload host fails")
 
 
 def _state_shape(
@@ -283,8 +346,3 @@ def _load_tokenizer(config: EngineConfig, model_folder: str) -> tuple[Tokenizer 
     if config.tokenizer_path:
         folder = hub.resolve(config.tokenizer_path, {"tokenizer"}, download_dir=config.download_dir)
     return Tokenizer(folder), folder
-
-
-def _report_compiled(done: int, total: int) -> None:
-    if done % 5 == 0 or done == total:
-        logger.info("Compiling programs: %d/%d", done, total)

@@ -47,6 +47,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     weight_bytes: int
     kv_cache_bytes: int
     startup_seconds: float
+    startup_phases: dict[str, float]  # seconds; they may overlap
 
     @property
     def max_req_len(self) -> int:

@@ -19,7 +19,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.fuse import Fuser
-from jaxserve.models.registry import create_model, random_params
+from jaxserve.models.registry import random_params
 from jaxserve.models.weights import ShardProgress, load_params
 
 logger = logging.getLogger(__name__)
@@ -62,15 +62,17 @@ class ModelFiles:
             model_type = json.load(file).get("model_type", "")
         return cls(folder, model, model_type, overrides)
 
-    def load(self, load_format: str, seed: int) -> tuple[nnx.GraphDef, nnx.State]:
+    def load(self, abstract: nnx.State, load_format: str, seed: int) -> nnx.State:
         """Reads the checkpoint, or draws random weights where `load_format` is "dummy".
+
+        Args:
+          abstract: from `create_model`.
 
         Raises:
           FileNotFoundError, ValueError: the checkpoint is not there or does not fit.
         """
         logger.info("Load weight begin.")
         start = time.perf_counter()
-        graphdef, abstract = create_model(self.config)
         if load_format == "dummy":
             params = random_params(abstract, jax.random.key(seed))
         else:
@@ -83,7 +85,7 @@ class ModelFiles:
             num_bytes(params) / 1e9,
             time.perf_counter() - start,
         )
-        return graphdef, params
+        return params
 
     def digest(self, load_format: str) -> str:
         """Of config.json and the files that hold the weights, whatever their folder."""
@@ -97,16 +99,15 @@ class ModelFiles:
         lines = [f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def take(self, params: Any) -> tuple[nnx.GraphDef, nnx.State]:
+    def take(self, abstract: nnx.State, params: Any) -> nnx.State:
         """Weights that the program around us has, from any tree with the checkpoint's names.
 
         Raises:
           ValueError: it does not fit the model; names every difference.
         """
-        graphdef, abstract = create_model(self.config)
         fused = Fuser(abstract).fuse(params)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return graphdef, jax.device_put(fused, device)
+        return jax.device_put(fused, device)
 
     def _read(self, abstract: nnx.State) -> nnx.State:
         checkpoint = Checkpoint(self.folder)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -104,7 +105,9 @@ def load_runner(log: PlanLog, config: EngineConfig):
     from jaxserve import compilation_cache
     from jaxserve.engine_builder import build_runner, find_device
     from jaxserve.model_loader import ModelFiles
+    from jaxserve.models.registry import create_model
     from jaxserve.state import StateShape
+    from jaxserve.stopwatch import Stopwatch
 
     header = log.header
     find_device(config)
@@ -121,8 +124,9 @@ def load_runner(log: PlanLog, config: EngineConfig):
         raise ValueError(
             f"{log.name} was written by another jaxserve ({header.jaxserve}): {error}"
         ) from error
-    model = files.load(config.load_format, config.random_seed or 0)
-    return build_runner(model, shape, header.buckets)
+    model = create_model(files.config)
+    load = functools.partial(files.load, model[1], config.load_format, config.random_seed or 0)
+    return build_runner(model, load, shape, header.buckets, Stopwatch(time.perf_counter))
 
 
 def load_weights(config: EngineConfig, folder: str) -> list[Any]:
@@ -133,9 +137,11 @@ def load_weights(config: EngineConfig, folder: str) -> list[Any]:
     import jax
 
     from jaxserve.model_loader import ModelFiles
+    from jaxserve.models.registry import create_model
 
     files = dataclasses.replace(ModelFiles.find(config), folder=folder)
-    return jax.tree.leaves(files.load("auto", seed=0)[1])
+    abstract = create_model(files.config)[1]
+    return jax.tree.leaves(files.load(abstract, "auto", seed=0))
 
 
 def main(arguments: list[str] | None = None) -> int:

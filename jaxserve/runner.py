@@ -1,24 +1,16 @@
 """Holds the weights, the state and the compiled programs; executes step plans."""
 
-import concurrent.futures
 import dataclasses
-import functools
-import os
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxserve import programs
-from jaxserve.buckets import Buckets
-from jaxserve.state import State, StateShape
-from jaxserve.step_plan import NUM_EXTRAS, PATCH_HEADER, SAMPLERS, StepPlan, ints
+from jaxserve.compiler import EXTRAS_LINES, Programs
+from jaxserve.state import StateShape
+from jaxserve.step_plan import NUM_EXTRAS, PATCH_HEADER, StepPlan, ints
 from jaxserve.step_result import StepResult
-
-COMPILERS = max(4, os.cpu_count() or 4)  # threads; XLA compiles outside the GIL
-EXTRAS_LINES = 4  # in one upload: rows that need any seldom begin together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,33 +27,20 @@ class Dispatched:
 class Runner:
     """Calls only programs compiled ahead of time: an unknown shape raises instead of compiling."""
 
-    def __init__(
-        self,
-        graphdef: nnx.GraphDef,
-        params: nnx.State,
-        shape: StateShape,
-        buckets: Buckets,
-        on_compiled: Callable[[int, int], None] = lambda done, total: None,
-    ):
-        """Compiles every bucket; calls `on_compiled(done, total)` after each."""
-        leaves, treedef = jax.tree.flatten(params)
+    def __init__(self, compiled: Programs, params: nnx.State, shape: StateShape, score_size: int):
+        """Args:
+        compiled: by `compile_programs`, for weights like `params` and a state of this shape.
+        score_size: prompt tokens that one program scores.
+        """
+        leaves = jax.tree.leaves(params)
         self._weights: tuple[jax.Array | None, ...] = tuple(leaves)
         self.weight_specs = tuple(
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves
         )
-        self._shape = shape
+        self._shape, self._score_size = shape, score_size
         self._patch_width = PATCH_HEADER + shape.pages_per_row
         self._state = shape.create()
-        self._score_size = buckets.scores
-        merge = functools.partial(_merge, graphdef, treedef)
-        jobs = _jobs(merge, self._weights, self._state, buckets, self._patch_width)
-        self._programs = _compile_all(jobs, on_compiled)
-
-    @property
-    def program_bytes(self) -> int:
-        """Of the device's memory that the hungriest program takes while it runs, beside the
-        weights and the state."""
-        return max(_working_bytes(program) for program in self._programs.values())
+        self._programs = compiled
 
     @property
     def weights(self) -> tuple[jax.Array | None, ...]:
@@ -183,72 +162,3 @@ def _pieces(lines: np.ndarray, size: int, padding: np.ndarray) -> Iterator[np.nd
     for start in range(0, len(lines), size):
         piece = lines[start : start + size]
         yield np.concatenate([piece, np.repeat(padding, size - len(piece), axis=0)])
-
-
-def _merge(graphdef, treedef, weights: tuple[jax.Array, ...]):
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
-
-
-def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> dict[tuple, tuple]:
-    """Every program by its key: (function, arguments, donated argument)."""
-
-    def upload(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    partial = functools.partial
-    model = merge, None  # None: the best attention for the device
-    jobs: dict[tuple, tuple] = {
-        ("peek", "out"): (programs.peek, (state.out,), ()),
-        ("peek", "tops"): (programs.peek, (state.tops,), ()),
-        ("set_extras",): (
-            programs.set_extras,
-            (state, upload(EXTRAS_LINES, 1 + NUM_EXTRAS)),
-            (0,),
-        ),
-        ("set_counts",): (programs.set_counts, (state, upload(1 + state.counts.shape[1])), (0,)),
-    }
-    for wants_tops in (False, True):
-        function = partial(programs.score, merge, wants_tops)
-        arguments = (weights, state, upload(buckets.scores, 3))
-        jobs["score", wants_tops, True] = (function, arguments, ())
-    for lines in buckets.patch_lines:
-        size = lines * patch_width + len(state.batch)
-        jobs["patch", lines] = (partial(programs.patch, lines), (state, upload(size)), (0,))
-    for count in buckets.copies:
-        jobs["copy_pages", count] = (programs.copy_pages, (state, upload(count, 3)), (0,))
-    for tokens, rows in buckets.extend_shapes():
-        function = partial(programs.extend, *model, tokens, rows)
-        arguments = (weights, state, upload(3 * rows + tokens))
-        jobs["extend", tokens, rows, True] = (function, arguments, (1,))
-    for sampler in SAMPLERS:
-        for rows in buckets.extend_rows:
-            function = partial(programs.sample, merge, sampler, rows)
-            jobs["sample", sampler, rows, True] = (function, (weights, state), (1,))
-        for rows in buckets.decode_rows:
-            for steps in buckets.decode_steps:
-                function = partial(programs.decode, *model, sampler, rows, steps)
-                jobs["decode", sampler, rows, steps, True] = (function, (weights, state), (1,))
-    return jobs
-
-
-def _working_bytes(program: jax.stages.Compiled) -> int:
-    stats = program.memory_analysis()
-    if stats is None:  # the backend does not tell
-        return 0
-    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return stats.temp_size_in_bytes + max(fresh, 0)
-
-
-def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], None]):
-    """Every program, compiled in parallel."""
-
-    def compile_one(job):
-        function, arguments, donated = job
-        # Not keep_unused: with it a cache of JAX's keeps every program for good.
-        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
-
-    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
-        futures = {key: pool.submit(compile_one, job) for key, job in jobs.items()}
-        for done, _ in enumerate(concurrent.futures.as_completed(futures.values()), start=1):
-            on_compiled(done, len(futures))
-    return {key: future.result() for key, future in futures.items()}

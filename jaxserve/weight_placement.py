@@ -91,6 +91,16 @@ def load(way: str, source: Source, specs: Sequence[jax.ShapeDtypeStruct], free: 
     return loaded
 
 
+def reserve_pinned(leaves: Sequence[jax.Array], free: int) -> bool:
+    """Takes the memory that `host` loads into, and leaves it to JAX, which keeps it: pinning it
+    takes seconds, in which the device's driver does nothing else. False where `free` lacks."""
+    if sum(map(shard_bytes, leaves)) > free:
+        return False
+    held = [jax.device_put(np.zeros(leaf.shape, leaf.dtype), _pinned(leaf)) for leaf in leaves]
+    jax.block_until_ready(held)
+    return True
+
+
 class Aside:
     """Leaves where the runner's own are."""
 
@@ -145,9 +155,13 @@ def _load_aside(source: Source, specs: Specs) -> Loaded:
 
 
 def _load_to_host(source: Source, specs: Specs) -> Loaded:
-    # Pinned memory, which the device fetches by itself; JAX keeps it for the next time.
-    pinned = {n: spec.sharding.with_memory_kind("pinned_host") for n, spec in specs.items()}
+    pinned = {number: _pinned(spec) for number, spec in specs.items()}
     return _InHost(_place_all("host", source, specs, pinned))
+
+
+def _pinned(spec: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    """Memory that the device fetches from by itself."""
+    return spec.sharding.with_memory_kind("pinned_host")
 
 
 def _look(source: Source, specs: Specs) -> Loaded:
@@ -167,9 +181,7 @@ def _place_all(
         return _place(source, number, specs[number], shardings[number])
 
     try:
-        leaves = dict(zip(specs, _in_threads(place, specs), strict=True))
-        jax.block_until_ready(leaves)
-        return leaves
+        return dict(zip(specs, _in_threads(place, specs), strict=True))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -179,9 +191,10 @@ def _place_all(
 def _place(
     source: Source, number: int, spec: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    return jax.make_array_from_callback(
+    array = jax.make_array_from_callback(
         spec.shape, sharding, lambda index: source.read(number, index)
     )
+    return jax.block_until_ready(array)  # as `models.weights.load_params` does
 
 
 def _overwrite(
@@ -202,7 +215,7 @@ def _in_threads(function: Callable[[int], Any], numbers: Iterable[int]) -> list[
         return list(pool.map(function, numbers))
 
 
-def shard_bytes(spec: jax.ShapeDtypeStruct) -> int:
+def shard_bytes(spec: jax.Array | jax.ShapeDtypeStruct) -> int:
     """Of a leaf, on one device."""
     shape = spec.sharding.shard_shape(spec.shape)
     return math.prod(shape) * spec.dtype.itemsize

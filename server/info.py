@@ -72,6 +72,7 @@ async def get_server_info(request: Request) -> HTTPResponse:
             "max_total_num_tokens": info.max_total_num_tokens,
             "max_req_input_len": info.max_req_len - RESERVED,
             "startup_time": info.startup_seconds,
+            "startup_phases": info.startup_phases,
             "num_weight_updates": frontend.state.num_updates,
             "is_paused": frontend.state.is_paused,
             "released_memory": frontend.state.released,

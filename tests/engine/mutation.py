@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 from jaxserve import (
+    compiler,
     engine_core,
     live_request,
     page_allocator,
@@ -28,6 +29,7 @@ MODULES = (
     scheduler,
     plan_builder,
     programs,
+    compiler,
     runner,
     engine_core,
 )

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from jaxserve import Engine
+from jaxserve.compiler import working_bytes
 from jaxserve.errors import EngineDied, RequestError
 from tests.server.serving import DEMO_MODEL, GREEDY, SMALL, programs_folder, wait_for
 
@@ -52,7 +53,7 @@ def test_generates(engine):
 
 def test_knows_what_its_programs_need(engine):
     """The hungriest holds at least the scores of its rows, and never a second KV cache."""
-    needed, info = engine._core._runner.program_bytes, engine._core.info
+    needed, info = working_bytes(engine._core._runner._programs), engine._core.info
     print(f"{needed / 1e6:.2f} MB of temporary arrays, {info.kv_cache_bytes / 1e6:.2f} MB of cache")
     scores = info.max_running_requests * info.vocab_size * 4
     assert scores <= needed < info.kv_cache_bytes

@@ -36,6 +36,7 @@ def info(*, context_length: int = 100, max_total_num_tokens: int = 1000) -> Engi
         weight_bytes=0,
         kv_cache_bytes=0,
         startup_seconds=0.0,
+        startup_phases={},
     )
 
 

@@ -56,9 +56,10 @@ def on_device(test: Callable, *arguments) -> Killer:
     """A test of the compiled programs."""
 
     def kill(system: System) -> None:
-        compile_all = system.runner._compile_all
-        system.runner._compile_all = lambda jobs, _: WhenWanted(jobs, compile_all)
-        test(test_programs.make_runner(system.runner.Runner), *arguments)
+        compile_all = system.compiler._compile_all
+        system.compiler._compile_all = lambda jobs, _: WhenWanted(jobs, compile_all)
+        runner = test_programs.make_runner(system.compiler, system.runner.Runner)
+        test(runner, *arguments)
 
     kill.__name__ = test.__name__
     return kill

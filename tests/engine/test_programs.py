@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve import compiler
 from jaxserve.buckets import Buckets
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import create_model
@@ -47,7 +48,7 @@ def compiled() -> Runner:
     return make_runner()
 
 
-def make_runner(runner_type: type[Runner] = Runner) -> Runner:
+def make_runner(compiler=compiler, runner_type: type[Runner] = Runner) -> Runner:
     config = ModelConfig.from_dict(CONFIG)
     shape = StateShape(
         max_rows=MAX_ROWS,
@@ -73,7 +74,9 @@ def make_runner(runner_type: type[Runner] = Runner) -> Runner:
         decode_steps=(1, NUM_STEPS),
         scores=4,
     )
-    return runner_type(*create_model(config, key=jax.random.key(0)), shape, buckets)
+    compiled = compiler.compile_programs(*create_model(config), shape, buckets)
+    params = create_model(config, key=jax.random.key(0))[1]
+    return runner_type(compiled, params, shape, buckets.scores)
 
 
 @pytest.fixture

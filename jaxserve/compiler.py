@@ -1,0 +1,120 @@
+"""Compiles every program that the engine will run, ahead of time."""
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve import programs
+from jaxserve.buckets import Buckets
+from jaxserve.state import State, StateShape
+from jaxserve.step_plan import NUM_EXTRAS, PATCH_HEADER, SAMPLERS
+
+COMPILERS = max(4, os.cpu_count() or 4)  # threads; XLA compiles outside the GIL
+EXTRAS_LINES = 4  # in one upload: rows that need any seldom begin together
+
+Programs = dict[tuple, jax.stages.Compiled]  # by name and sizes; see `_jobs`
+
+
+def compile_programs(
+    graphdef: nnx.GraphDef,
+    abstract: nnx.State,
+    shape: StateShape,
+    buckets: Buckets,
+    on_compiled: Callable[[int, int], None] = lambda done, total: None,
+) -> Programs:
+    """Compiles every bucket, in parallel. No weights are needed for it, and no state.
+
+    Args:
+      graphdef, abstract: from `create_model`; the weights will be on the first device.
+      on_compiled: called with (done, total) after each program; may raise to end it.
+    """
+    leaves, treedef = jax.tree.flatten(abstract)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    weights = tuple(
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in leaves
+    )
+    merge, state = functools.partial(_merge, graphdef, treedef), jax.eval_shape(shape.create)
+    jobs = _jobs(merge, weights, state, buckets, PATCH_HEADER + shape.pages_per_row)
+    return _compile_all(jobs, on_compiled)
+
+
+def working_bytes(compiled: Programs) -> int:
+    """Of the device's memory that the hungriest program takes while it runs, beside the weights
+    and the state."""
+    return max(_working_bytes(program) for program in compiled.values())
+
+
+def _merge(graphdef, treedef, weights: tuple[jax.Array, ...]):
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
+
+
+def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> dict[tuple, tuple]:
+    """Every program by its key: (function, arguments, donated argument)."""
+
+    def upload(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    partial = functools.partial
+    model = merge, None  # None: the best attention for the device
+    jobs: dict[tuple, tuple] = {
+        ("peek", "out"): (programs.peek, (state.out,), ()),
+        ("peek", "tops"): (programs.peek, (state.tops,), ()),
+        ("set_extras",): (
+            programs.set_extras,
+            (state, upload(EXTRAS_LINES, 1 + NUM_EXTRAS)),
+            (0,),
+        ),
+        ("set_counts",): (programs.set_counts, (state, upload(1 + state.counts.shape[1])), (0,)),
+    }
+    for wants_tops in (False, True):
+        function = partial(programs.score, merge, wants_tops)
+        arguments = (weights, state, upload(buckets.scores, 3))
+        jobs["score", wants_tops, True] = (function, arguments, ())
+    for lines in buckets.patch_lines:
+        size = lines * patch_width + len(state.batch)
+        jobs["patch", lines] = (partial(programs.patch, lines), (state, upload(size)), (0,))
+    for count in buckets.copies:
+        jobs["copy_pages", count] = (programs.copy_pages, (state, upload(count, 3)), (0,))
+    for tokens, rows in buckets.extend_shapes():
+        function = partial(programs.extend, *model, tokens, rows)
+        arguments = (weights, state, upload(3 * rows + tokens))
+        jobs["extend", tokens, rows, True] = (function, arguments, (1,))
+    for sampler in SAMPLERS:
+        for rows in buckets.extend_rows:
+            function = partial(programs.sample, merge, sampler, rows)
+            jobs["sample", sampler, rows, True] = (function, (weights, state), (1,))
+        for rows in buckets.decode_rows:
+            for steps in buckets.decode_steps:
+                function = partial(programs.decode, *model, sampler, rows, steps)
+                jobs["decode", sampler, rows, steps, True] = (function, (weights, state), (1,))
+    return jobs
+
+
+def _working_bytes(program: jax.stages.Compiled) -> int:
+    stats = program.memory_analysis()
+    if stats is None:  # the backend does not tell
+        return 0
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.temp_size_in_bytes + max(fresh, 0)
+
+
+def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], None]) -> Programs:
+    def compile_one(job):
+        function, arguments, donated = job
+        # Not keep_unused: with it a cache of JAX's keeps every program for good.
+        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+
+    pool = concurrent.futures.ThreadPoolExecutor(COMPILERS)
+    try:
+        futures = {key: pool.submit(compile_one, job) for key, job in jobs.items()}
+        for done, future in enumerate(concurrent.futures.as_completed(futures.values()), start=1):
+            future.result()
+            on_compiled(done, len(futures))
+        return {key: future.result() for key, future in futures.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
