@@ -181,9 +181,7 @@ def _place_all(
         return _place(source, number, specs[number], shardings[number])
 
     try:
-        leaves = dict(zip(specs, _in_threads(place, specs), strict=True))
-        jax.block_until_ready(leaves)
-        return leaves
+        return dict(zip(specs, _in_threads(place, specs), strict=True))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -193,9 +191,10 @@ def _place_all(
 def _place(
     source: Source, number: int, spec: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    return jax.make_array_from_callback(
+    array = jax.make_array_from_callback(
         spec.shape, sharding, lambda index: source.read(number, index)
     )
+    return jax.block_until_ready(array)  # as `models.weights.load_params` does
 
 
 def _overwrite(
