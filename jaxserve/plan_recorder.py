@@ -15,6 +15,7 @@ from jaxserve.plan_log import (
     Dispatched,
     Drawn,
     Header,
+    PlanLog,
     Reset,
     WeightsChanged,
     encode,
@@ -30,7 +31,8 @@ CLOSE_SECONDS = 3.0  # the process ends even where the disk does not answer
 
 
 def create_file(path: str | pathlib.Path) -> BinaryIO:
-    """A new file that nobody else may read. An older log is kept beside it, as PATH.old.
+    """A new file that nobody else may read. An older log is kept beside it, as PATH.old; one
+    without steps, of a start that was refused, is not worth the place of another.
 
     Raises:
       ValueError: it cannot be written, or is something else than a log; names the flag.
@@ -42,11 +44,25 @@ def create_file(path: str | pathlib.Path) -> BinaryIO:
                 path.stat().st_size == 0 or is_plan_log(path)
             ):
                 raise ValueError(f"--record-plans {path}: is there already, and is no plan log")
-            path.replace(f"{path}.old")
+            if _has_steps(path):
+                path.replace(f"{path}.old")
+            else:
+                path.unlink()
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         raise ValueError(f"--record-plans {path}: {error.strerror}") from error
     return os.fdopen(descriptor, "wb")
+
+
+def _has_steps(path: pathlib.Path) -> bool:
+    """Whether a log holds more than its header, or may."""
+    if path.stat().st_size == 0:
+        return False
+    try:
+        with path.open("rb") as file:
+            return next(iter(PlanLog(file)), None) is not None
+    except ValueError:  # of another version, or damaged
+        return True
 
 
 class PlanRecorder:

@@ -130,6 +130,20 @@ def test_older_log_is_kept_beside_it(path):
     assert sorted(file.name for file in path.parent.iterdir()) == ["run.plans", "run.plans.old"]
 
 
+def test_log_without_steps_does_not_push_out_another(path):
+    """As starts leave it that are refused: before there is a header, or after."""
+    recorder = PlanRecorder(create_file(path), HEADER)
+    recorder.dispatch(plan(5))
+    recorder.close()
+    for _ in range(2):
+        create_file(path).close()
+    for _ in range(2):
+        PlanRecorder(create_file(path), HEADER).close()
+    create_file(path).close()
+    assert path.read_bytes() == b"" and path.stat().st_mode & 0o777 == 0o600
+    assert read(path.with_name("run.plans.old"))[1] == [Dispatched(plan(5))]
+
+
 def test_other_files_are_left_alone(tmp_path):
     precious = tmp_path / "precious"
     precious.write_bytes(MAGIC[1:])
