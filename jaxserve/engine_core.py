@@ -165,6 +165,12 @@ class EngineCore:
         if self._recorder is not None:
             self._recorder.change_weights(folder)
 
+    def release_weights(self) -> None:
+        """Gives their memory back, with no step in flight. Nothing is dispatched before others are
+        there, of which `change_weights` tells the recorder."""
+        self._runner.release_weights()
+        self.scheduler.change_weights()
+
     def release_state(self) -> None:
         """Gives the KV cache's memory back; nothing is dispatched before `restore_state`. With no
         step in flight. Who is in a row is computed anew later."""

@@ -112,9 +112,10 @@ class ServingControl:
     def _start_update(self, call_id: int, **fields: Any) -> list[FromEngine]:
         self._check_startable()
         request = WeightUpdate(**fields)
+        source = "tensors" if request.is_partial else "disk"
         free = self._loader.free_device_bytes() / 1e9
         logger.info("Start update_weights. Load format=%s", request.load_format)
-        logger.info("Update engine weights online from disk begin. avail mem=%.2f GB", free)
+        logger.info("Update engine weights online from %s begin. avail mem=%.2f GB", source, free)
         task = Task(
             "jaxserve-weights", lambda task: self._loader.load(request, self._runner, task.report)
         )
@@ -242,7 +243,7 @@ class ServingControl:
         if "kv_cache" in tags:
             self._engine.release_state()
         if "weights" in tags:
-            self._engine.change_weights(Runner.release_weights)
+            self._engine.release_weights()
             self._missing = self._loader.tensor_names
         logger.info("released the memory of %s", " and ".join(tags) or "nothing more")
         return [*news, self._change(released=(*self.state.released, *tags)), Reply(call_id)]

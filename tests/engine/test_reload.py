@@ -249,6 +249,21 @@ def test_recorded_run_tells_of_the_other_weights_where_they_came(engine, other):
         assert dispatched >= drawn and dispatched
 
 
+def test_released_weights_that_a_folder_brings_back_can_be_replayed(engine, expected, other):
+    plans = pathlib.Path(engine._frontend.config.record_plans)
+
+    def folders() -> list:
+        with plans.open("rb") as file:
+            return [record.folder for record in PlanLog(file) if isinstance(record, WeightsChanged)]
+
+    count = len(wait_for(folders, 5))
+    for operation in ("release_memory", "resume_memory"):
+        engine._frontend.call(operation, tags=["weights"]).result(20)
+    engine.update_weights_from_disk(other)
+    assert outputs(engine) == expected["other"]
+    assert wait_for(lambda: folders()[count:], 5)[-1] == other and None not in folders()
+
+
 def test_unknown_policy_is_refused(engine, other):
     for fields in ({"in_flight": "maybe"}, {"in_flight": "wait", "abort_all_requests": True}):
         with pytest.raises(RequestError) as refused:
