@@ -98,6 +98,8 @@ def build_engine(
 def _build(
     config: EngineConfig, clock: Callable[[], float], counter: CompileCounter, params: Any
 ) -> EngineCore:
+    if config.weights_root is not None and not os.path.isdir(config.weights_root):
+        raise ValueError(f"--weights-root {config.weights_root} is no folder")
     stopwatch = Stopwatch(clock)
     with stopwatch.part("device"):
         device = find_device(config)

@@ -204,7 +204,8 @@ def banner(frontend: Frontend, host: str, port: int) -> str:
         f"\n  {frontend.config.model_name} ({info.architecture}, {info.dtype}) on {info.device}"
         f" at {url}\n"
         f"  {info.max_total_num_tokens} tokens of KV cache, {info.max_running_requests} requests"
-        f" at once, context {info.context_length}; ready after {info.startup_seconds:.1f} s\n\n"
+        f" at once, context {info.context_length};"
+        f" engine ready after {info.startup_seconds:.1f} s\n\n"
         f"  curl {url}/generate -H 'Content-Type: application/json' \\\n"
         f'    -d \'{{{prompt}, "sampling_params": {{"temperature": 0}}}}\'\n'
     )

@@ -253,6 +253,7 @@ def test_shutdown_ends_what_waits_and_what_comes_after(make_engine):
     "options,error,words",
     [
         ({"model_path": "/no/such/model"}, FileNotFoundError, "/no/such/model is no folder"),
+        ({"weights_root": "/no/root"}, ValueError, "--weights-root /no/root is no folder"),
         ({"page_size": 0}, ValueError, "--page-size 0: must be from 1 to 128"),
         ({"max_total_tokens": 2**31 - 1}, ValueError, "lower it to at most"),
         ({"device": "tpu"}, ValueError, "--device tpu: JAX runs on cpu here"),
