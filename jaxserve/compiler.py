@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 
 from jaxserve import programs
 from jaxserve.buckets import Buckets
+from jaxserve.models import batch_invariant
 from jaxserve.state import State, StateShape
 from jaxserve.step_plan import NUM_EXTRAS, PATCH_HEADER, SAMPLERS
 
@@ -26,12 +28,15 @@ def compile_programs(
     shape: StateShape,
     buckets: Buckets,
     on_compiled: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    deterministic: bool = False,
 ) -> Programs:
     """Compiles every bucket, in parallel. No weights are needed for it, and no state.
 
     Args:
       graphdef, abstract: from `create_model`; the weights will be on the first device.
       on_compiled: called with (done, total) after each program; may raise to end it.
+      deterministic: what a request gets depends on it alone, to the bit (`BatchInvariant`).
     """
     leaves, treedef = jax.tree.flatten(abstract)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -39,8 +44,12 @@ def compile_programs(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in leaves
     )
     merge, state = functools.partial(_merge, graphdef, treedef), jax.eval_shape(shape.create)
-    jobs = _jobs(merge, weights, state, buckets, PATCH_HEADER + shape.pages_per_row)
-    return _compile_all(jobs, on_compiled)
+    attention, compiler_options = None, None  # the best for the device, and XLA's own
+    if deterministic:
+        merge, attention = batch_invariant.wrap(merge), batch_invariant.ATTENTION
+        compiler_options = batch_invariant.COMPILER_OPTIONS
+    jobs = _jobs(merge, attention, weights, state, buckets, PATCH_HEADER + shape.pages_per_row)
+    return _compile_all(jobs, compiler_options, on_compiled)
 
 
 def working_bytes(compiled: Programs) -> int:
@@ -53,14 +62,16 @@ def _merge(graphdef, treedef, weights: tuple[jax.Array, ...]):
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
 
 
-def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> dict[tuple, tuple]:
+def _jobs(
+    merge, attention: str | None, weights, state: State, buckets: Buckets, patch_width: int
+) -> dict[tuple, tuple]:
     """Every program by its key: (function, arguments, donated argument)."""
 
     def upload(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     partial = functools.partial
-    model = merge, None  # None: the best attention for the device
+    model = merge, attention
     jobs: dict[tuple, tuple] = {
         ("peek", "out"): (programs.peek, (state.out,), ()),
         ("peek", "tops"): (programs.peek, (state.tops,), ()),
@@ -103,11 +114,16 @@ def _working_bytes(program: jax.stages.Compiled) -> int:
     return stats.temp_size_in_bytes + max(fresh, 0)
 
 
-def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], None]) -> Programs:
+def _compile_all(
+    jobs: dict[tuple, tuple],
+    compiler_options: dict[str, Any] | None,
+    on_compiled: Callable[[int, int], None],
+) -> Programs:
     def compile_one(job):
         function, arguments, donated = job
         # Not keep_unused: with it a cache of JAX's keeps every program for good.
-        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        return lowered.compile(compiler_options)
 
     pool = concurrent.futures.ThreadPoolExecutor(COMPILERS)
     try:

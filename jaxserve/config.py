@@ -142,6 +142,13 @@ class EngineConfig:
     disable_radix_cache: bool = option(
         False, group=MEMORY, help="compute every prompt anew: no prefix cache"
     )
+    deterministic: bool = option(
+        False,
+        group=MEMORY,
+        aliases=("--enable-deterministic-inference",),
+        help="tokens and logprobs of a request are the same to the bit whatever is served beside "
+        "it, and as models.forward.served_logprobs has them; on a CPU only, and slower",
+    )
     compilation_cache_dir: str | None = option(
         None,
         group=MEMORY,

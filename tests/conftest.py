@@ -39,9 +39,7 @@ def modules(package: str, folder: pathlib.Path) -> set[str]:
 
 
 MODELS = modules("jaxserve.models", ROOT / "models")
-JITTED = {
-    f"jaxserve.{name}" for name in ("paged_attention", "programs", "sampling", "state", "step")
-}
+JITTED = {f"jaxserve.{name}" for name in ("programs", "sampling", "state", "step")}
 CHECKED = modules("pallas_kernels", ROOT / "pallas_kernels") | (MODELS - NO_SHAPES) | JITTED
 jaxtyping.install_import_hook(sorted(CHECKED), "beartype.beartype")
 
