@@ -120,5 +120,4 @@ def _paged_attention(config: ModelConfig, dtype, num_rows: int, length: int) -> 
         query_start_loc=length * jnp.arange(num_rows + 1, dtype=jnp.int32),
     )
     cache = empty_kv_cache(shape, num_pages, dtype)
-    is_live = jnp.ones(num_rows * length, bool)
-    return PagedAttention.of(cache, slots.reshape(-1), batch, is_live, implementation=ATTENTION)
+    return PagedAttention.of(cache, slots.reshape(-1), batch, implementation=ATTENTION)
