@@ -26,8 +26,9 @@ from jaxserve.memory_plan import (
     pages_per_row,
     plan_memory,
 )
-from jaxserve.messages import EngineInfo
+from jaxserve.messages import EmbeddingInfo, EngineInfo
 from jaxserve.model_loader import ModelFiles, num_bytes
+from jaxserve.models.pooling import PoolingConfig
 from jaxserve.models.registry import create_model
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.plan_builder import PlanBuilder
@@ -143,6 +144,7 @@ def _build(
         buckets,
         stopwatch,
         check_programs=lambda num_bytes: None if is_cpu else memory.check_programs(num_bytes),
+        pooling=files.config.pooling,
     )
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
@@ -183,6 +185,7 @@ def _build(
         kv_cache_bytes=memory.kv_cache_bytes,
         startup_seconds=stopwatch.total,
         startup_phases=stopwatch.seconds,
+        embedding=_embedding_info(files.config.pooling),
     )
     plan_builder = PlanBuilder(buckets, max_rows=sizes.max_rows, pages_per_row=shape.pages_per_row)
     recorder = None
@@ -211,6 +214,7 @@ def build_runner(
     buckets: Buckets,
     stopwatch: Stopwatch,
     check_programs: Callable[[int], None] = lambda num_bytes: None,
+    pooling: PoolingConfig | None = None,
 ) -> Runner:
     """Compiles every bucket while the weights are loaded: neither needs the other.
 
@@ -236,7 +240,7 @@ def build_runner(
 
         try:
             with stopwatch.part("compile"):
-                compiled = compile_programs(*model, shape, buckets, on_compiled)
+                compiled = compile_programs(*model, shape, buckets, on_compiled, pooling=pooling)
             num_bytes = working_bytes(compiled)
             logger.info(
                 "Compiled in %.1f s. The programs need up to %.2f GB.",
@@ -277,7 +281,15 @@ def _state_shape(
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
         dtype=jnp.dtype(model.dtype),
+        pooled_size=model.pooling.size if model.pooling else 0,
     )
+
+
+def _embedding_info(pooling: PoolingConfig | None) -> EmbeddingInfo | None:
+    if pooling is None:
+        return None
+    allowed = pooling.dimensions
+    return EmbeddingInfo(pooling.size, None if allowed is None else list(allowed))
 
 
 def _weight_loader(

@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Num
 
 from jaxserve import sampling as sampling_ops
-from jaxserve.models.interface import CausalLM
+from jaxserve.models.heads import vectors_of
+from jaxserve.models.interface import CausalLM, Embedder
+from jaxserve.models.pooling import PoolingConfig
 from jaxserve.paged_attention import PagedAttention
 from jaxserve.state import State
 from jaxserve.step_plan import (
@@ -29,7 +31,7 @@ from jaxserve.step_plan import (
 from pallas_kernels.attention import RaggedBatch
 
 Weights = tuple[jax.Array, ...]
-Merge = Callable[[Weights], CausalLM]  # flat weights to a model
+Merge = Callable[[Weights], CausalLM | Embedder]  # flat weights to a model
 
 
 def patch(num_lines: int, state: State, upload: Int32[Array, " packed"]) -> State:
@@ -147,6 +149,28 @@ def sample(merge: Merge, sampler: Sampler, num_rows: int, weights: Weights, stat
     return _sample_rows(merge(weights), sampler, state, rows, hidden, jnp.int32(0))
 
 
+def pool(
+    merge: Merge, pooling: PoolingConfig, num_rows: int, weights: Weights, state: State
+) -> State:
+    """Gives each of an extend step's sampling rows its vector, and no token.
+
+    In the place of a token stands the sum of the vector's bits: a replay compares that.
+    """
+    rows = state.sampling_rows[:num_rows]
+    hidden = state.hidden[state.sampling_tokens[:num_rows]]
+    vectors = vectors_of(merge(weights), pooling, hidden)
+    finish = jnp.where(jnp.isfinite(vectors).all(axis=-1), OUT_OF_LENGTH, NOT_FINITE)
+    finish = jnp.where(rows == len(state.batch), STOPPED, finish).astype(jnp.int32)
+    bits = jax.lax.bitcast_convert_type(vectors, jnp.int32).sum(axis=-1, dtype=jnp.int32)
+    drawn = jnp.stack([bits, finish, jnp.zeros_like(bits)], axis=-1)
+    return dataclasses.replace(
+        state,
+        finish=state.finish.at[rows].set(finish),
+        pooled=state.pooled.at[rows].set(vectors),
+        out=state.out.at[0, rows].set(drawn),
+    )
+
+
 def score(
     merge: Merge,
     wants_tops: bool,
@@ -211,7 +235,7 @@ def decode(
     return jax.lax.fori_loop(0, num_steps, one, state)
 
 
-def peek(leaf: Int32[Array, "K rows C"]) -> Int32[Array, "K rows C"]:
+def peek(leaf: Num[Array, "*sizes"]) -> Num[Array, "*sizes"]:
     """A fresh copy: a donated array cannot be read once the next program has taken it."""
     return leaf + 0
 
@@ -223,7 +247,7 @@ def _overwrite(old: Int32[Array, " R"], new: Int32[Array, " R"]) -> Int32[Array,
 
 
 def _run_model(
-    model: CausalLM,
+    model: Embedder,
     attention: str | None,
     state: State,
     tokens,

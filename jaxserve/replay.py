@@ -126,7 +126,9 @@ def load_runner(log: PlanLog, config: EngineConfig):
         ) from error
     model = create_model(files.config)
     load = functools.partial(files.load, model[1], config.load_format, config.random_seed or 0)
-    return build_runner(model, load, shape, header.buckets, Stopwatch(time.perf_counter))
+    pooling = files.config.pooling
+    stopwatch = Stopwatch(time.perf_counter)
+    return build_runner(model, load, shape, header.buckets, stopwatch, pooling=pooling)
 
 
 def load_weights(config: EngineConfig, folder: str) -> list[Any]:

@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, get_args
 
+from jaxserve.models.pooling import PoolingConfig
+
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 
@@ -54,6 +56,7 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()  # one per layer: positions seen, None for all
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
+    pooling: PoolingConfig | None = None  # of a model that answers with vectors, not tokens
 
     @classmethod
     def from_pretrained(
