@@ -27,6 +27,10 @@ class Answers:
         self._open = set(range(len(generations)))
 
     @property
+    def is_stream(self) -> bool:
+        return self._parsed.stream
+
+    @property
     def is_over(self) -> bool:
         return not self._open
 
