@@ -113,6 +113,10 @@ def _pooling_jobs(
     for rows in buckets.extend_rows:
         function = functools.partial(programs.pool, merge, pooling, rows)
         jobs["pool", rows, True] = (function, (weights, state), (1,))
+    for tokens, rows in buckets.extend_shapes() if pooling.needs_all_tokens else ():
+        function = functools.partial(programs.accumulate, pooling.mode, tokens, rows)
+        upload = _upload(3 * rows + tokens)
+        jobs["accumulate", tokens, rows] = (function, (state, upload), (0,))
     return jobs
 
 

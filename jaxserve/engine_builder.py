@@ -149,7 +149,7 @@ def _build(
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
         allocator,
-        None if config.disable_radix_cache else RadixCache(config.page_size, allocator),
+        RadixCache(config.page_size, allocator) if _may_cache(config, files) else None,
         page_size=config.page_size,
         max_rows=sizes.max_rows,
         max_prefill_tokens=sizes.max_prefill_tokens,
@@ -283,6 +283,15 @@ def _state_shape(
         dtype=jnp.dtype(model.dtype),
         pooled_size=model.pooling.size if model.pooling else 0,
     )
+
+
+def _may_cache(config: EngineConfig, files: ModelFiles) -> bool:
+    """Whether requests may use what others have computed."""
+    pooling = files.config.pooling
+    if pooling is None or not pooling.needs_all_tokens:
+        return not config.disable_radix_cache
+    logger.info("No prefix cache: pooling by %s needs every token of a text.", pooling.mode)
+    return False
 
 
 def _embedding_info(pooling: PoolingConfig | None) -> EmbeddingInfo | None:

@@ -102,6 +102,9 @@ class Runner:
             self._run("copy_pages", len(upload), upload=upload)
         if plan.kind == "extend":
             self._run("extend", plan.num_tokens, plan.num_rows, True, upload=ints(plan.forward))
+            if ("accumulate", plan.num_tokens, plan.num_rows) in self._programs:
+                sizes = plan.num_tokens, plan.num_rows
+                self._run("accumulate", *sizes, upload=ints(plan.forward))
             kind = ("pool",) if plan.sampler == "pool" else ("sample", plan.sampler)
             self._run(*kind, plan.num_rows, True)
         else:

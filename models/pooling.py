@@ -32,6 +32,11 @@ class PoolingConfig:
     # Sizes that a vector may be cut to (matryoshka); empty: any; None: only its own.
     dimensions: tuple[int, ...] | None = None
 
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Every token of a text must pass by: none may come from a prefix cache."""
+        return self.mode != "last"
+
     @classmethod
     def of(
         cls,

@@ -40,7 +40,7 @@ class Case:
     def shapes(self) -> Shapes:
         shapes, hidden = tensor_shapes(self.config), self.config["hidden_size"]
         num_labels = len(self.config.get("id2label", "x"))
-        if not self.architecture.endswith("ForCausalLM"):
+        if self.is_bare or not self.architecture.endswith("ForCausalLM"):
             shapes.pop("lm_head.weight", None)
         if self.architecture.endswith("ForSequenceClassification"):
             shapes |= linear_shapes("score", num_labels, hidden, False)
