@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import pytest
 
 from jaxserve.models.config import ModelConfig
@@ -144,9 +143,6 @@ def test_parameters_are_those_of_the_file_but_for_a_head_that_predicts(case):
     assert found == wanted
 
 
-def test_generating_models_are_as_they_were():
+def test_generating_models_keep_their_head():
     names = {view.name for view in views(create_model(ModelConfig.from_dict(v4(QWEN2)))[1])}
     assert "lm_head.weight" in names
-    assert len(jax.tree.leaves(create_model(ModelConfig.from_dict(v4(QWEN2)))[1])) == len(
-        {view.path for view in views(create_model(ModelConfig.from_dict(v4(QWEN2)))[1])}
-    )
