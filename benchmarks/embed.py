@@ -2,8 +2,8 @@
 
     python benchmarks/embed.py --peak-tflops 800
 
-Random ids of one length, random weights, no tokenizer, no HTTP and no cached prefix: what is left is
-the model and what the engine does around it. Prints a JSON object. The floating point operations
+Random ids of one length, random weights, no tokenizer, no HTTP and no cached prefix: what is left
+is the model and what the engine does around it. Prints a JSON object. The floating point operations
 counted are those of the model's matrices and of causal attention, two for each product and sum,
 without padding; `share_of_peak` is theirs per second over --peak-tflops, the device's figure for
 the dtype.
@@ -79,13 +79,13 @@ def main(arguments: list[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="gte-qwen2-1.5b")
+    parser.add_argument("--texts", type=int, default=1024, help="in one call (default: 1024)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each (default: 512)")
+    parser.add_argument("--rounds", type=int, default=5, help="whose median counts (default: 5)")
     parser.add_argument(
-        "--texts", type=int, default=1024, help="in one call (default: %(default)s)"
+        "--chunk", type=int, default=16384, help="tokens of a step (default: 16384)"
     )
-    parser.add_argument("--length", type=int, default=512, help="tokens of a text (default: 512)")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median counts")
-    parser.add_argument("--chunk", type=int, default=16384, help="tokens of a step")
-    parser.add_argument("--rows", type=int, default=64, help="texts in a step at most")
+    parser.add_argument("--rows", type=int, default=128, help="texts in two steps (default: 128)")
     parser.add_argument("--dtype", default="auto", help="(default: bfloat16)")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for that dtype")
     parser.add_argument("--compilation-cache-dir", help="as jaxserve serve has it")
@@ -100,7 +100,6 @@ def start(folder: str, options: argparse.Namespace) -> Engine:
         skip_tokenizer_init=True,
         disable_radix_cache=True,
         dtype=options.dtype,
-        # The step's last bucket is chunk + rows: as many whole texts as fill it best.
         chunked_prefill_size=options.chunk,
         max_prefill_tokens=options.chunk,
         max_running_requests=options.rows,
