@@ -82,9 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--texts", type=int, default=1024, help="in one call (default: 1024)")
     parser.add_argument("--length", type=int, default=512, help="tokens of each (default: 512)")
     parser.add_argument("--rounds", type=int, default=5, help="whose median counts (default: 5)")
-    parser.add_argument(
-        "--chunk", type=int, default=16384, help="tokens of a step (default: 16384)"
-    )
+    parser.add_argument("--chunk", type=int, default=16384, help="of a step (default: 16384)")
     parser.add_argument("--rows", type=int, default=128, help="texts in two steps (default: 128)")
     parser.add_argument("--dtype", default="auto", help="(default: bfloat16)")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for that dtype")
