@@ -58,11 +58,11 @@ async def _encode(request: Request, body: Any) -> tuple[Answers, list[dict[str, 
     # As in generate.py: a large body leaves the transport paused.
     request.transport.resume_reading()
     async with submitted(request, body, frontend.prepare_encode) as (answers, changed):
-        finished = [_complete(answer, frontend) async for answer in answers.follow(changed)]
+        finished = [complete(answer, frontend) async for answer in answers.follow(changed)]
         return answers, finished
 
 
-def _complete(answer: dict[str, Any], frontend: Frontend) -> dict[str, Any]:
+def complete(answer: dict[str, Any], frontend: Frontend) -> dict[str, Any]:
     """Raises RequestError for any abort: half a vector is none."""
     reason = checked(answer, frontend)["meta_info"]["finish_reason"]
     if reason["type"] != "abort":
