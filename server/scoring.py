@@ -1,4 +1,4 @@
-"""/v1/score: how likely each label follows a query and an item, or what a classifier says of them."""
+"""/v1/score: how likely each label follows a query and an item, or what a classifier says."""
 
 import math
 from collections.abc import Mapping, Sequence
