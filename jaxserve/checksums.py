@@ -1,12 +1,12 @@
 """A folder's checksum file: SHA256SUMS, as `sha256sum *.safetensors > SHA256SUMS` writes it."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import os
+import pathlib
 import re
-from collections.abc import Callable, Iterable
-
-from jaxserve.models.safetensors_file import SafetensorsFile
+from collections.abc import Callable, Mapping
 
 FILE = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
@@ -26,18 +26,34 @@ def parse(content: str) -> dict[str, str]:
 
 
 def verify(
-    files: Iterable[SafetensorsFile], expected: dict[str, str], on_bytes: Callable[[int], None]
+    files: Mapping[str, int], expected: Mapping[str, str], on_bytes: Callable[[int], None]
 ) -> None:
-    """Raises ValueError for a file that is not listed, or is not what it was when listed."""
-    files = list(files)
-    for file in files:
-        if file.path.name not in expected:
-            raise ValueError(f"{FILE} does not list {file.path.name}")
+    """Of open files by their names below the folder of FILE. Raises ValueError for one that is not
+    listed, or is not what it was when listed."""
+    for name in files:
+        if name not in expected:
+            raise ValueError(f"{FILE} does not list {name}")
+    for name, digest in digests(files, on_bytes).items():
+        if digest != expected[name]:
+            raise ValueError(f"{name} is not what {FILE} says: its SHA-256 differs")
+
+
+def digests(
+    files: Mapping[str, int], on_bytes: Callable[[int], None] = lambda count: None
+) -> dict[str, str]:
+    """The SHA-256 of each open file. Raises OSError."""
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        digests = pool.map(lambda file: _digest(file.descriptor, on_bytes), files)
-        for file, digest in zip(files, digests, strict=True):
-            if digest != expected[file.path.name]:
-                raise ValueError(f"{file.path.name} is not what {FILE} says: its SHA-256 differs")
+        found = pool.map(lambda descriptor: _digest(descriptor, on_bytes), files.values())
+        return dict(zip(files, found, strict=True))
+
+
+def write(folder: pathlib.Path) -> None:
+    """Of all that is in a folder, and below it. Raises OSError."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with contextlib.ExitStack() as stack:
+        files = {str(p.relative_to(folder)): stack.enter_context(p.open("rb")) for p in paths}
+        found = digests({name: file.fileno() for name, file in files.items()})
+    (folder / FILE).write_text("".join(f"{found[name]}  {name}\n" for name in found))
 
 
 def _digest(descriptor: int, on_bytes: Callable[[int], None]) -> str:

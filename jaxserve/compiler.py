@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,12 @@ from flax import nnx
 
 from jaxserve import programs
 from jaxserve.buckets import Buckets
+from jaxserve.models import batch_invariant
 from jaxserve.models.pooling import PoolingConfig
 from jaxserve.state import State, StateShape
 from jaxserve.step_plan import NUM_EXTRAS, PATCH_HEADER, SAMPLERS
 
 COMPILERS = max(4, os.cpu_count() or 4)  # threads; XLA compiles outside the GIL
-ATTENTION = None  # the best one for the device
 EXTRAS_LINES = 4  # in one upload: rows that need any seldom begin together
 
 Programs = dict[tuple, jax.stages.Compiled]  # by name and sizes; see `_jobs`
@@ -30,6 +31,7 @@ def compile_programs(
     on_compiled: Callable[[int, int], None] = lambda done, total: None,
     *,
     pooling: PoolingConfig | None = None,
+    deterministic: bool = False,
 ) -> Programs:
     """Compiles every bucket, in parallel. No weights are needed for it, and no state.
 
@@ -37,6 +39,7 @@ def compile_programs(
       graphdef, abstract: from `create_model`; the weights will be on the first device.
       on_compiled: called with (done, total) after each program; may raise to end it.
       pooling: of a model that answers with vectors: no program decodes or samples then.
+      deterministic: what a request gets depends on it alone, to the bit (`BatchInvariant`).
     """
     leaves, treedef = jax.tree.flatten(abstract)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -44,12 +47,16 @@ def compile_programs(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in leaves
     )
     merge, state = functools.partial(_merge, graphdef, treedef), jax.eval_shape(shape.create)
-    jobs = _jobs(merge, weights, state, buckets, PATCH_HEADER + shape.pages_per_row)
+    attention, compiler_options = None, None  # the best for the device, and XLA's own
+    if deterministic:
+        merge, attention = batch_invariant.wrap(merge), batch_invariant.ATTENTION
+        compiler_options = batch_invariant.COMPILER_OPTIONS
+    jobs = _jobs(merge, attention, weights, state, buckets, PATCH_HEADER + shape.pages_per_row)
     if pooling is None:
-        jobs |= _sampling_jobs(merge, weights, state, buckets)
+        jobs |= _sampling_jobs(merge, attention, weights, state, buckets)
     else:
         jobs |= _pooling_jobs(merge, pooling, weights, state, buckets)
-    return _compile_all(jobs, on_compiled)
+    return _compile_all(jobs, compiler_options, on_compiled)
 
 
 def working_bytes(compiled: Programs) -> int:
@@ -62,7 +69,9 @@ def _merge(graphdef, treedef, weights: tuple[jax.Array, ...]):
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
 
 
-def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> dict[tuple, tuple]:
+def _jobs(
+    merge, attention: str | None, weights, state: State, buckets: Buckets, patch_width: int
+) -> dict[tuple, tuple]:
     """What every engine runs, by its key: (function, arguments, donated argument)."""
     partial = functools.partial
     jobs: dict[tuple, tuple] = {("peek", "out"): (programs.peek, (state.out,), ())}
@@ -72,13 +81,15 @@ def _jobs(merge, weights, state: State, buckets: Buckets, patch_width: int) -> d
     for count in buckets.copies:
         jobs["copy_pages", count] = (programs.copy_pages, (state, _upload(count, 3)), (0,))
     for tokens, rows in buckets.extend_shapes():
-        function = partial(programs.extend, merge, ATTENTION, tokens, rows)
+        function = partial(programs.extend, merge, attention, tokens, rows)
         arguments = (weights, state, _upload(3 * rows + tokens))
         jobs["extend", tokens, rows, True] = (function, arguments, (1,))
     return jobs
 
 
-def _sampling_jobs(merge, weights, state: State, buckets: Buckets) -> dict[tuple, tuple]:
+def _sampling_jobs(
+    merge, attention: str | None, weights, state: State, buckets: Buckets
+) -> dict[tuple, tuple]:
     """What an engine that predicts tokens runs beside that."""
     partial = functools.partial
     jobs: dict[tuple, tuple] = {
@@ -100,7 +111,7 @@ def _sampling_jobs(merge, weights, state: State, buckets: Buckets) -> dict[tuple
             jobs["sample", sampler, rows, True] = (function, (weights, state), (1,))
         for rows in buckets.decode_rows:
             for steps in buckets.decode_steps:
-                function = partial(programs.decode, merge, ATTENTION, sampler, rows, steps)
+                function = partial(programs.decode, merge, attention, sampler, rows, steps)
                 jobs["decode", sampler, rows, steps, True] = (function, (weights, state), (1,))
     return jobs
 
@@ -132,11 +143,16 @@ def _working_bytes(program: jax.stages.Compiled) -> int:
     return stats.temp_size_in_bytes + max(fresh, 0)
 
 
-def _compile_all(jobs: dict[tuple, tuple], on_compiled: Callable[[int, int], None]) -> Programs:
+def _compile_all(
+    jobs: dict[tuple, tuple],
+    compiler_options: dict[str, Any] | None,
+    on_compiled: Callable[[int, int], None],
+) -> Programs:
     def compile_one(job):
         function, arguments, donated = job
         # Not keep_unused: with it a cache of JAX's keeps every program for good.
-        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+        lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+        return lowered.compile(compiler_options)
 
     pool = concurrent.futures.ThreadPoolExecutor(COMPILERS)
     try:

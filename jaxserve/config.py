@@ -32,7 +32,8 @@ class EngineConfig:
     model_path: str = option(
         group=MODEL,
         aliases=("--model",),
-        help="folder with config.json and safetensors, or a name on the Hugging Face hub",
+        help="folder with config.json and safetensors or an orbax checkpoint, or a name on the "
+        "Hugging Face hub",
     )
     tokenizer_path: str | None = option(
         None, group=MODEL, help="folder or hub name of the tokenizer (default: --model-path)"
@@ -43,8 +44,9 @@ class EngineConfig:
     load_format: str = option(
         "auto",
         group=MODEL,
-        choices=("auto", "safetensors", "dummy"),
-        help="auto and safetensors read the checkpoint; dummy draws random weights of its shape",
+        choices=("auto", "safetensors", "orbax", "dummy"),
+        help="of the checkpoint (auto: safetensors, or orbax where there are none); dummy draws "
+        "random weights of its shape",
     )
     dtype: str = option(
         "auto",
@@ -145,6 +147,13 @@ class EngineConfig:
     )
     disable_radix_cache: bool = option(
         False, group=MEMORY, help="compute every prompt anew: no prefix cache"
+    )
+    deterministic: bool = option(
+        False,
+        group=MEMORY,
+        aliases=("--enable-deterministic-inference",),
+        help="tokens and logprobs of a request are the same to the bit whatever is served beside "
+        "it, and as models.forward.served_logprobs has them; on a CPU only, and slower",
     )
     compilation_cache_dir: str | None = option(
         None,

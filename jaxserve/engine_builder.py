@@ -28,6 +28,7 @@ from jaxserve.memory_plan import (
 )
 from jaxserve.messages import EmbeddingInfo, EngineInfo
 from jaxserve.model_loader import ModelFiles, num_bytes
+from jaxserve.models import batch_invariant
 from jaxserve.models.pooling import PoolingConfig
 from jaxserve.models.registry import create_model
 from jaxserve.page_allocator import PageAllocator
@@ -145,6 +146,7 @@ def _build(
         stopwatch,
         check_programs=lambda num_bytes: None if is_cpu else memory.check_programs(num_bytes),
         pooling=files.config.pooling,
+        deterministic=config.deterministic,
     )
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
@@ -214,6 +216,8 @@ def build_runner(
     buckets: Buckets,
     stopwatch: Stopwatch,
     check_programs: Callable[[int], None] = lambda num_bytes: None,
+    *,
+    deterministic: bool = False,
     pooling: PoolingConfig | None = None,
 ) -> Runner:
     """Compiles every bucket while the weights are loaded: neither needs the other.
@@ -223,6 +227,7 @@ def build_runner(
       load: gives the parameters.
       stopwatch: gets the part "compile".
       check_programs: called with the bytes that the programs need while they run; may raise.
+      deterministic: as `compile_programs` has it.
 
     Raises:
       ValueError: the device has no room for the state or for compiling.
@@ -240,7 +245,14 @@ def build_runner(
 
         try:
             with stopwatch.part("compile"):
-                compiled = compile_programs(*model, shape, buckets, on_compiled, pooling=pooling)
+                compiled = compile_programs(
+                    *model,
+                    shape,
+                    buckets,
+                    on_compiled,
+                    deterministic=deterministic,
+                    pooling=pooling,
+                )
             num_bytes = working_bytes(compiled)
             logger.info(
                 "Compiled in %.1f s. The programs need up to %.2f GB.",
@@ -352,11 +364,14 @@ def _log_header(
 
 
 def find_device(config: EngineConfig) -> jax.Device:
-    """Raises ValueError where JAX already runs elsewhere: it chooses once in a process's life."""
+    """Raises ValueError where JAX already runs elsewhere (it chooses once in a process's life), or
+    the device cannot do what an option asks for."""
     device = jax.devices()[0]
     wanted = {"auto": device.platform, "cuda": "gpu"}.get(config.device, config.device)
     if device.platform != wanted:
         raise ValueError(f"--device {config.device}: JAX runs on {device.platform} here")
+    if config.deterministic:
+        batch_invariant.check(device.platform, "--deterministic")
     return device
 
 

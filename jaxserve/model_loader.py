@@ -17,9 +17,9 @@ from flax import nnx
 
 from jaxserve import hub
 from jaxserve.config import EngineConfig
-from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.fuse import Fuser
+from jaxserve.models.load_format import open_checkpoint
 from jaxserve.models.pooling import PoolingConfig
 from jaxserve.models.registry import head_of, is_pooled, random_params
 from jaxserve.models.weights import ShardProgress, load_params
@@ -64,6 +64,8 @@ class ModelFiles:
             raw = json.load(file) | overrides
         if config.is_embedding or is_pooled(model.architecture):
             pooling = _find_pooling(folder, raw, model, config.load_format)
+            if config.deterministic and pooling.mode == "mean":
+                raise ValueError("--deterministic: a mean depends on the chunks of a text")
             model = dataclasses.replace(model, pooling=pooling)
         return cls(folder, model, raw.get("model_type", ""), overrides)
 
@@ -81,7 +83,7 @@ class ModelFiles:
         if load_format == "dummy":
             params = random_params(abstract, jax.random.key(seed))
         else:
-            params = self._read(abstract)
+            params = self._read(load_format, abstract)
         jax.block_until_ready(params)
         logger.info(
             "Load weight end. type=%s, dtype=%s, mem usage=%.2f GB, %.1f s.",
@@ -96,12 +98,13 @@ class ModelFiles:
         """Of config.json and the files that hold the weights, whatever their folder."""
         paths = [pathlib.Path(self.folder, "config.json")]
         if load_format != "dummy":
-            checkpoint = Checkpoint(self.folder)
-            paths += [file.path for file in checkpoint.files]
+            checkpoint = open_checkpoint(self.folder, load_format)
+            paths += checkpoint.descriptors()
             checkpoint.close()
         with concurrent.futures.ThreadPoolExecutor(DIGEST_THREADS) as pool:
             digests = pool.map(_sha256, paths)
-        lines = [f"{path.name} {digest}\n" for path, digest in zip(paths, digests, strict=True)]
+        names = [path.relative_to(self.folder) for path in paths]
+        lines = [f"{name} {digest}\n" for name, digest in zip(names, digests, strict=True)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def take(self, abstract: nnx.State, params: Any) -> nnx.State:
@@ -114,11 +117,12 @@ class ModelFiles:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.device_put(fused, device)
 
-    def _read(self, abstract: nnx.State) -> nnx.State:
-        checkpoint = Checkpoint(self.folder)
+    def _read(self, load_format: str, abstract: nnx.State) -> nnx.State:
+        checkpoint = open_checkpoint(self.folder, load_format, abstract)
+        is_folder = checkpoint.files[0].path.is_dir()
         bar = tqdm.tqdm(
             total=len(checkpoint.files),
-            desc="Loading safetensors checkpoint shards",
+            desc=f"Loading {'orbax checkpoint' if is_folder else 'safetensors checkpoint shards'}",
             bar_format=SHARD_BAR,
             mininterval=0,
             file=sys.stderr,
@@ -147,7 +151,7 @@ def _find_pooling(
     # `AutoModel` writes bare names whatever the architecture is called: the file decides.
     if head is None and load_format != "dummy":
         with contextlib.suppress(FileNotFoundError):  # the caller has the weights
-            checkpoint = Checkpoint(folder)
+            checkpoint = open_checkpoint(folder, load_format)
             is_bare = "embed_tokens.weight" in checkpoint
             checkpoint.close()
     return PoolingConfig.of(folder, raw, hidden_size=model.hidden_size, head=head, is_bare=is_bare)
@@ -156,7 +160,7 @@ def _find_pooling(
 def needed_parts(config: EngineConfig) -> set[hub.Part]:
     """What a start reads of `model_path`."""
     parts: set[hub.Part] = {"config"}
-    if config.load_format != "dummy":
+    if config.load_format not in ("dummy", "orbax"):  # the hub has no orbax checkpoints
         parts.add("weights")
     if not config.skip_tokenizer_init and not config.tokenizer_path:
         parts.add("tokenizer")

@@ -5,6 +5,7 @@ where they are. Model-independent but for the `CausalLM` protocol.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,10 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Num
 
 from jaxserve import sampling as sampling_ops
+from jaxserve.models.batch_invariant import rowwise
 from jaxserve.models.heads import vectors_of
 from jaxserve.models.interface import CausalLM, Embedder
+from jaxserve.models.paged_attention import PagedAttention
 from jaxserve.models.pooling import PoolingConfig, PoolingMode
-from jaxserve.paged_attention import PagedAttention
 from jaxserve.state import State
 from jaxserve.step_plan import (
     KEEP,
@@ -198,7 +200,8 @@ def pool(
         hidden = state.pooled[rows] / jnp.maximum(count, 1)
     else:
         hidden = state.hidden[state.sampling_tokens[:num_rows]]
-    vectors = vectors_of(merge(weights), pooling, hidden)
+    model = merge(weights)
+    vectors = rowwise(model, functools.partial(vectors_of, model, pooling), hidden)
     finish = jnp.where(jnp.isfinite(vectors).all(axis=-1), OUT_OF_LENGTH, NOT_FINITE)
     finish = jnp.where(rows == len(state.batch), STOPPED, finish).astype(jnp.int32)
     bits = jax.lax.bitcast_convert_type(vectors, jnp.int32).sum(axis=-1, dtype=jnp.int32)
@@ -224,7 +227,8 @@ def score(
     The scores are the model's own: no temperature, bias or penalty.
     """
     tokens, targets, rows = upload.T
-    logprobs = jax.nn.log_softmax(merge(weights).logits(state.hidden[tokens]), axis=-1)
+    model = merge(weights)
+    logprobs = rowwise(model, jax.nn.log_softmax, model.logits(state.hidden[tokens]))
     chosen = sampling_ops.logprobs_of(logprobs, targets)
     packed = jax.lax.bitcast_convert_type(chosen, jnp.int32)[:, None]
     if not wants_tops:
@@ -313,7 +317,7 @@ def _sample_rows(
     """Draws the next token of each row and decides whether it was its last."""
     logits: Float[Array, "B V"] = model.logits(hidden)
     is_finite = jnp.isfinite(logits).all(axis=-1)
-    tokens, logprobs, state = SAMPLE[sampler](logits, state, rows, step)
+    tokens, logprobs, state = SAMPLE[sampler](model, logits, state, rows, step)
     is_stop = (tokens[:, None] == state.stop_ids[rows]).any(axis=-1)
     finish = jnp.select(
         [~is_finite, is_stop, state.seq_len[rows] >= state.limit[rows]],
@@ -330,28 +334,30 @@ def _sample_rows(
     )
 
 
-def _greedy(logits, state: State, rows, step):
+def _greedy(model: CausalLM, logits, state: State, rows, step):
     """Tokens; no logprobs, but zeros."""
     tokens = sampling_ops.greedy(logits)
     return tokens, jnp.zeros(len(tokens), jnp.float32), state
 
 
-def _plain(logits, state: State, rows, step):
+def _plain(model: CausalLM, logits, state: State, rows, step):
     sampling = sampling_ops.Rows.unpack(state.sampling[rows])
-    scaled = sampling_ops.scale(logits, sampling)
-    tokens = sampling_ops.draw(scaled, sampling, state.seq_len[rows])
-    logprobs = jax.nn.log_softmax(scaled, axis=-1)
+    scaled = rowwise(model, sampling_ops.scale, logits, sampling)
+    tokens = rowwise(model, sampling_ops.draw, scaled, sampling, state.seq_len[rows])
+    logprobs = rowwise(model, jax.nn.log_softmax, scaled)
     return tokens, sampling_ops.logprobs_of(logprobs, tokens), state
 
 
-def _full(logits, state: State, rows, step):
+def _full(model: CausalLM, logits, state: State, rows, step):
     """As `_plain`, with every option; counts what it has drawn."""
     sampling, positions = sampling_ops.Rows.unpack(state.sampling[rows]), state.seq_len[rows]
     extras = sampling_ops.Extras.unpack(state.extras[rows], sampling.has_extras)
-    logits = sampling_ops.adjust(logits, state.counts[rows], sampling, extras, positions)
-    scaled = sampling_ops.scale(logits, sampling)
-    tokens = sampling_ops.draw(sampling_ops.keep_top(scaled, sampling), sampling, positions)
-    logprobs = jax.nn.log_softmax(scaled, axis=-1)
+    counts = state.counts[rows]
+    logits = rowwise(model, sampling_ops.adjust, logits, counts, sampling, extras, positions)
+    scaled = rowwise(model, sampling_ops.scale, logits, sampling)
+    kept = rowwise(model, sampling_ops.keep_top, scaled, sampling)
+    tokens = rowwise(model, sampling_ops.draw, kept, sampling, positions)
+    logprobs = rowwise(model, jax.nn.log_softmax, scaled)
     state = dataclasses.replace(
         state,
         counts=state.counts.at[rows, tokens].add(1),

@@ -126,9 +126,15 @@ def load_runner(log: PlanLog, config: EngineConfig):
         ) from error
     model = create_model(files.config)
     load = functools.partial(files.load, model[1], config.load_format, config.random_seed or 0)
-    pooling = files.config.pooling
-    stopwatch = Stopwatch(time.perf_counter)
-    return build_runner(model, load, shape, header.buckets, stopwatch, pooling=pooling)
+    return build_runner(
+        model,
+        load,
+        shape,
+        header.buckets,
+        Stopwatch(time.perf_counter),
+        deterministic=config.deterministic,
+        pooling=files.config.pooling,
+    )
 
 
 def load_weights(config: EngineConfig, folder: str) -> list[Any]:

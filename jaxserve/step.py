@@ -24,6 +24,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32
 
 from jaxserve import programs
+from jaxserve.models import batch_invariant
+from jaxserve.models.batch_invariant import BatchInvariant
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.fuse import fuse, is_fused, named_tensors
 from jaxserve.models.registry import create_model
@@ -113,6 +115,7 @@ class Step:
     sampler: Sampler
     mesh: Mesh | None
     attention: str | None
+    deterministic: bool = False
 
     @property
     def param_shardings(self) -> nnx.State:
@@ -225,7 +228,8 @@ class Step:
 
     def _merge(self, weights: tuple[jax.Array, ...]):
         treedef = jax.tree.structure(self.abstract_params)
-        return nnx.merge(self.graphdef, jax.tree.unflatten(treedef, weights))
+        model = nnx.merge(self.graphdef, jax.tree.unflatten(treedef, weights))
+        return BatchInvariant(model) if self.deterministic else model
 
     def _output(self, state: State, draws: jax.Array) -> StepOutput:
         tokens, finish, bits = state.out[0, : self.shape.max_rows].T
@@ -248,6 +252,7 @@ def make_step(
     sampler: Sampler = "plain",
     dtype: jax.typing.DTypeLike | None = None,
     attention: str | None = None,
+    deterministic: bool = False,
 ) -> Step:
     """The step of one model for one set of sizes.
 
@@ -261,7 +266,18 @@ def make_step(
         top-p and min-p too, for a sort of all scores).
       dtype: of parameters and cache, the config's unless given.
       attention: an implementation of paged attention by name; the best for the device unless given.
+      deterministic: what a row gets depends on it alone, to the bit, and is what
+        `models.forward.served_logprobs` says; in bfloat16 where the step is compiled with
+        `models.batch_invariant.COMPILER_OPTIONS`. On a CPU only.
+
+    Raises:
+      ValueError: `deterministic` on another device, or with another attention.
     """
+    if deterministic:
+        batch_invariant.check(jax.default_backend(), "deterministic=True")
+        if attention not in (None, batch_invariant.ATTENTION):
+            raise ValueError(f"attention={attention!r}: deterministic=True has its own")
+        attention = batch_invariant.ATTENTION
     dtype = jnp.dtype(dtype or config.dtype)
     graphdef, abstract = create_model(config, dtype=dtype)
     pages_per_row = -(-max_len // page_size)
@@ -279,4 +295,4 @@ def make_step(
         vocab_size=config.vocab_size,
         dtype=dtype,
     )
-    return Step(graphdef, abstract, shape, sampler, mesh, attention)
+    return Step(graphdef, abstract, shape, sampler, mesh, attention, deterministic)

@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flax import nnx
+
 from jaxserve import checksums
-from jaxserve.models.checkpoint import Checkpoint, open_shards
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.load_format import open_checkpoint
 from jaxserve.models.safetensors_file import SafetensorsFile
 from jaxserve.tokenizer_identity import TokenizerIdentity
 from jaxserve.weights_root import WeightsRoot
@@ -29,17 +31,33 @@ class Served:
 class WeightFolder:
     """Opened once: what is checked is what is read."""
 
-    def __init__(self, name: str, folder: pathlib.Path, root: WeightsRoot):
+    def __init__(
+        self,
+        name: str,
+        folder: pathlib.Path,
+        root: WeightsRoot,
+        load_format: str,
+        abstract: nnx.State,
+    ):
         """Args:
           name: what it is called in messages.
           folder, root: from `WeightsRoot.find`.
+          load_format, abstract: as in `open_checkpoint`.
 
         Raises FileNotFoundError, ValueError, OSError: there are no weights, or not below the root,
         or their headers are not sound.
         """
         self.path = folder
         self._name, self._root = name, root
-        self.checkpoint = Checkpoint(name, open_shards(folder, root.open))
+        self.checkpoint = open_checkpoint(
+            folder, load_format, abstract, name=name, open_file=root.open
+        )
+
+    @property
+    def weights(self) -> pathlib.Path:
+        """The folder that holds them: this one, or that of the orbax checkpoint in it."""
+        path = self.checkpoint.files[0].path
+        return path if path.is_dir() else self.path
 
     def check(self, served: Served, *, keep_tokenizer: bool) -> None:
         """Compares the configuration and the tokenizer, where the folder has any.
@@ -51,7 +69,9 @@ class WeightFolder:
         Raises:
           ValueError: names what differs.
         """
-        _check_shards(self.path, self.checkpoint.files)
+        shards = [file for file in self.checkpoint.files if isinstance(file, SafetensorsFile)]
+        if shards:
+            _check_shards(self.path, shards)
         differences = self._config_differences(served, keep_tokenizer)
         if not keep_tokenizer and served.tokenizer is not None:
             names = served.tokenizer.differences(self.path, self._root.read_text)
@@ -69,7 +89,9 @@ class WeightFolder:
         if not path.exists():
             return False
         expected = checksums.parse(self._root.read_text(path))
-        checksums.verify(self.checkpoint.files, expected, on_bytes)
+        files = self.checkpoint.descriptors()
+        names = {str(path.relative_to(self.path)): descriptor for path, descriptor in files.items()}
+        checksums.verify(names, expected, on_bytes)
         return True
 
     def _config_differences(self, served: Served, keep_tokenizer: bool) -> list[str]:

@@ -100,7 +100,7 @@ class WeightLoader:
         if update.load_format not in LOAD_FORMATS:
             raise UpdateFailed(
                 f"Failed to get model loader: {update.load_format!r} is not read here; "
-                f"{' and '.join(LOAD_FORMATS)} are."
+                f"{', '.join(LOAD_FORMATS)} are."
             )
         path, checkpoint, prefix, end = "", None, "Failed to get weights iterator", ""
         try:
@@ -109,7 +109,9 @@ class WeightLoader:
                 checkpoint = self._open_tensors(update)
             else:
                 path, root = self._root.find(update.model_path)
-                folder = WeightFolder(update.model_path, path, root)
+                folder = WeightFolder(
+                    update.model_path, path, root, update.load_format, self.abstract
+                )
                 checkpoint = folder.checkpoint
             prefix, end = "Failed to update weights", f"\n{ROLLED_BACK}"
             return self._load(update, checkpoint, folder, runner, on_bytes)
@@ -187,7 +189,7 @@ class WeightLoader:
         loaded = weight_placement.load(way, source, runner.weight_specs, free)
         on_bytes(0)  # the last chance to end it
         return LoadedUpdate(
-            folder=folder and str(folder.path),
+            folder=folder and str(folder.weights),
             names=frozenset(checkpoint.names()),
             num_bytes=sum(checkpoint.tensor(name).nbytes for name in checkpoint.names()),
             seconds=time.perf_counter() - start,
@@ -243,8 +245,7 @@ class _CheckpointSource:
         return self._reader.read(number, index, base)
 
     def check_unchanged(self) -> None:
-        for file in self._checkpoint.files:
-            file.check_unchanged()
+        self._checkpoint.check_unchanged()
 
     def _current(self, number: int) -> np.ndarray:
         leaf, spec = self._runner.weights[number], self._runner.weight_specs[number]

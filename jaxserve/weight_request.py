@@ -13,7 +13,7 @@ from jaxserve.errors import RequestError
 InFlight = Literal["wait", "abort", "retract", "in_place"]
 PauseMode = Literal["abort", "retract", "in_place"]
 Memory = Literal["kv_cache", "weights"]  # that may be released for a while
-LOAD_FORMATS = ("auto", "safetensors")
+LOAD_FORMATS = ("auto", "safetensors", "orbax")
 MOST_VERSION_BYTES = 256
 
 

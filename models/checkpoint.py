@@ -1,22 +1,49 @@
-"""A folder of safetensors, opened, and which file holds each tensor."""
+"""A checkpoint, opened, and which of its files holds each tensor; those of a folder of
+safetensors."""
 
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
-from jaxserve.models.safetensors_file import SafetensorsBytes, SafetensorsFile, Tensor
+import numpy as np
+
+from jaxserve.models.safetensors_file import SafetensorsFile, Tensor
 
 OpenFile = Callable[[pathlib.Path], int]  # a path to a descriptor for reading
 INDEX_FILE = "model.safetensors.index.json"
 
 
+class TensorFile(Protocol):
+    """What holds tensors: a file of safetensors, or a whole folder of another format."""
+
+    path: pathlib.Path
+    tensors: Mapping[str, Tensor]
+
+    def read_box(
+        self, name: str, shape: Sequence[int], box: Sequence[tuple[int, int]], out: np.ndarray
+    ) -> None:
+        """As `SafetensorsFile.read_box`."""
+        ...
+
+    def descriptors(self) -> Mapping[pathlib.Path, int]:
+        """Of all that may be read, by the path of each file."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError where something was rewritten since it was opened."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class Checkpoint:
-    """The safetensors files of a folder, opened, and which of them holds each tensor."""
+    """The files of a folder, opened, and which of them holds each tensor."""
 
     def __init__(
         self,
         folder: str | pathlib.Path,
-        files: Iterable[SafetensorsFile | SafetensorsBytes] | None = None,
+        files: Iterable[TensorFile] | None = None,
     ):
         """Args:
           files: in place of those that `open_shards` finds.
@@ -24,7 +51,7 @@ class Checkpoint:
         Raises FileNotFoundError where a file is missing, ValueError where one is not sound.
         """
         self.folder = pathlib.Path(folder)
-        self.files = list(open_shards(self.folder) if files is None else files)
+        self.files: list[TensorFile] = list(open_shards(self.folder) if files is None else files)
         self._file_of = {name: file for file in self.files for name in file.tensors}
 
     def __contains__(self, name: str) -> bool:
@@ -33,11 +60,29 @@ class Checkpoint:
     def names(self) -> Iterable[str]:
         return self._file_of.keys()
 
-    def file_of(self, name: str) -> SafetensorsFile | SafetensorsBytes:
+    def file_of(self, name: str) -> TensorFile:
         return self._file_of[name]
 
     def tensor(self, name: str) -> Tensor:
         return self._file_of[name].tensors[name]
+
+    def descriptors(self) -> dict[pathlib.Path, int]:
+        """Of all open files, by their paths."""
+        return {path: fd for file in self.files for path, fd in file.descriptors().items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor. Raises ValueError, OSError."""
+        tensor = self.tensor(name)
+        out = np.empty(tensor.shape, tensor.dtype)
+        rows = out if tensor.shape else out.reshape(1)
+        box = [(0, size) for size in rows.shape]
+        self.file_of(name).read_box(name, rows.shape, box, rows)
+        return out
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError where a file was rewritten since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
 
     def close(self) -> None:
         for file in self.files:

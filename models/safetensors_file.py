@@ -10,11 +10,13 @@ import math
 import os
 import pathlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
+
+from jaxserve.models.file_identity import check_unchanged
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {
@@ -51,7 +53,36 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class SafetensorsFile:
+class _Rows:
+    """Boxes of tensors that are bytes in row order."""
+
+    tensors: dict[str, Tensor]
+
+    def read_into(self, name: str, offset: int, out: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def read_box(
+        self, name: str, shape: Sequence[int], box: Sequence[tuple[int, int]], out: np.ndarray
+    ) -> None:
+        """Fills `out`, in its dtype, from a box (start and stop of each axis) of a tensor that is
+        seen in `shape`, the same numbers in the same order. Raises ValueError, OSError."""
+        dtype = self.tensors[name].dtype
+        while len(shape) > 1 and shape[0] == 1:  # so that the first axis is the one that is cut
+            shape, box, out = shape[1:], box[1:], out[0]
+        (first, last), inner = box[0], box[1:]
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        is_whole_rows = all(cut == (0, size) for cut, size in zip(inner, shape[1:], strict=True))
+        if is_whole_rows and out.dtype == dtype:
+            blocks = [out] if out.flags.c_contiguous else out
+            for i, block in enumerate(blocks):
+                self.read_into(name, (first + i) * row_bytes, block)
+        else:
+            rows = np.empty((last - first, *shape[1:]), dtype)
+            self.read_into(name, first * row_bytes, rows)
+            out[...] = rows[(slice(None), *(slice(*cut) for cut in inner))].astype(out.dtype)
+
+
+class SafetensorsFile(_Rows):
     """An open file and its checked header."""
 
     def __init__(self, path: str | pathlib.Path, descriptor: int | None = None):
@@ -85,13 +116,11 @@ class SafetensorsFile:
             view, position = view[count:], position + count
 
     def check_unchanged(self) -> None:
-        """Raises ValueError where the file was written to since it was opened, or where another
-        has its name now: what was read is neither the old content nor the new."""
-        stats = [os.fstat(self.descriptor)]
-        if self.path.exists():
-            stats.append(os.stat(self.path))
-        if any(_identity(stat) != _identity(self._opened) for stat in stats):
-            raise ValueError(f"{self.path} was rewritten while it was read")
+        """Raises ValueError where the file was rewritten since it was opened."""
+        check_unchanged(self.path, self.descriptor, self._opened)
+
+    def descriptors(self) -> dict[pathlib.Path, int]:
+        return {self.path: self.descriptor}
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -103,7 +132,7 @@ class SafetensorsFile:
         self.close()
 
 
-class SafetensorsBytes:
+class SafetensorsBytes(_Rows):
     """The same of a file's content that is in memory."""
 
     def __init__(self, name: str, content: bytes):
@@ -122,6 +151,9 @@ class SafetensorsBytes:
         view, position = _destination(self.tensors[name], offset, out)
         view[:] = memoryview(self._content)[position : position + len(view)]
 
+    def descriptors(self) -> dict[pathlib.Path, int]:
+        return {}
+
     def check_unchanged(self) -> None:
         """Nobody else has it."""
 
@@ -134,10 +166,6 @@ def _destination(tensor: Tensor, offset: int, out: np.ndarray) -> tuple[memoryvi
     assert out.flags.c_contiguous and out.dtype == tensor.dtype
     assert offset >= 0 and offset + out.nbytes <= tensor.nbytes
     return memoryview(out.reshape(-1).view(np.uint8)), tensor.start + offset
-
-
-def _identity(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _read_header(size: int, pread: Callable[[int, int], bytes]) -> dict[str, Tensor]:

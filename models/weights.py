@@ -212,23 +212,10 @@ def load_params(
 
 def _read_box(checkpoint, view: View, box: list[tuple[int, int]], out: np.ndarray, report) -> None:
     """Reads `box` of a tensor seen as `part_shape` into `out`, a block of the host's array."""
-    file, tensor = checkpoint.file_of(view.name), checkpoint.tensor(view.name)
-    shape = view.part_shape
-    while len(shape) > 1 and shape[0] == 1:  # so that the first axis is the one that is cut
-        shape, box, out = shape[1:], box[1:], out[0]
-    (first, last), inner = box[0], box[1:]
-    row_bytes = tensor.nbytes // max(shape[0], 1)
-    is_whole_rows = all(cut == (0, size) for cut, size in zip(inner, shape[1:], strict=True))
-    if is_whole_rows and out.dtype == tensor.dtype:
-        blocks = [out] if out.flags.c_contiguous else out
-        for i, block in enumerate(blocks):
-            file.read_into(view.name, (first + i) * row_bytes, block)
-    else:
-        rows = np.empty((last - first, *shape[1:]), tensor.dtype)
-        file.read_into(view.name, first * row_bytes, rows)
-        out[...] = rows[(slice(None), *(slice(*cut) for cut in inner))].astype(out.dtype)
+    file = checkpoint.file_of(view.name)
+    file.read_box(view.name, view.part_shape, box, out)
     share = math.prod(stop - start for start, stop in box)
-    report(file.path, share * tensor.dtype.itemsize)
+    report(file.path, share * checkpoint.tensor(view.name).dtype.itemsize)
 
 
 class ShardProgress:

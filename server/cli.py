@@ -13,6 +13,7 @@ USAGE = """usage: jaxserve COMMAND [OPTIONS]
 commands:
   serve      serve a model over HTTP (jaxserve serve --help)
   replay     execute a recorded run again and compare its tokens (jaxserve replay --help)
+  convert    write a checkpoint as orbax or as safetensors (jaxserve convert --help)
   bench      measure an engine or a server (jaxserve bench --help)
 
 options:
@@ -29,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
         from jaxserve.replay import main as replay  # it loads jax
 
         return replay(rest)
+    if command == "convert":
+        from jaxserve.convert import main as convert  # it loads jax
+
+        return convert(rest)
     if command == "bench":
         from jaxserve.bench.cli import main as bench  # it may load the engine, which loads jax
 

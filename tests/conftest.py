@@ -16,12 +16,19 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 NO_SHAPES = {
     "jaxserve.models.checkpoint",
     "jaxserve.models.config",
+    "jaxserve.models.file_identity",
+    "jaxserve.models.fused_tensors",
     "jaxserve.models.fuse",
+    "jaxserve.models.load_format",
+    "jaxserve.models.orbax_arrays",
+    "jaxserve.models.orbax_folder",
+    "jaxserve.models.orbax_writer",
     "jaxserve.models.sharding",
     "jaxserve.models.interface",
     "jaxserve.models.pooling",
     "jaxserve.models.registry",
     "jaxserve.models.safetensors_file",
+    "jaxserve.models.safetensors_writer",
     "jaxserve.models.weights",
 }
 
@@ -33,9 +40,7 @@ def modules(package: str, folder: pathlib.Path) -> set[str]:
 
 
 MODELS = modules("jaxserve.models", ROOT / "models")
-JITTED = {
-    f"jaxserve.{name}" for name in ("paged_attention", "programs", "sampling", "state", "step")
-}
+JITTED = {f"jaxserve.{name}" for name in ("programs", "sampling", "state", "step")}
 CHECKED = modules("pallas_kernels", ROOT / "pallas_kernels") | (MODELS - NO_SHAPES) | JITTED
 jaxtyping.install_import_hook(sorted(CHECKED), "beartype.beartype")
 

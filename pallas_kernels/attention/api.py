@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.attention import reference, triton
+from pallas_kernels.attention import batch_invariant, reference, triton
 from pallas_kernels.attention.kv_cache import KVCache as KVCache
 from pallas_kernels.attention.kv_cache import empty_kv_cache as empty_kv_cache
 from pallas_kernels.attention.kv_cache import kv_cache_shape as kv_cache_shape
@@ -20,16 +20,19 @@ from pallas_kernels.attention.ragged import RaggedBatch as RaggedBatch
 from pallas_kernels.backend import first_that_can
 
 # "triton-interpret" runs the meaning of the Triton kernels anywhere, slowly: for tests.
+# "batch-invariant" is slow too, and never chosen unasked.
 PLANS = {
     "triton": triton.plan,
     "triton-interpret": triton.plan_interpreted,
     "reference": reference.plan,
+    "batch-invariant": batch_invariant.plan,
 }
 PREFERENCE = {"gpu": ("triton", "reference")}  # by platform; elsewhere the reference
 APPLY = {
     "triton": triton.paged_attention,
     "triton-interpret": triton.paged_attention,
     "reference": reference.paged_attention,
+    "batch-invariant": batch_invariant.paged_attention,
 }
 
 
@@ -41,6 +44,10 @@ class Plan:
 
     details: Any
     implementation: str = dataclasses.field(metadata={"static": True})
+
+    def cut(self, start: Int32[Array, ""]) -> "Plan":
+        """That of a tile of tokens (`fixed_tiles`); only "batch-invariant" has such."""
+        return dataclasses.replace(self, details=self.details.cut(start))
 
 
 def plan(

@@ -9,6 +9,7 @@ scheduler in front of its programs. That one finds in its pages what others have
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 from jaxserve.config import EngineConfig
 from jaxserve.engine_builder import build_engine
@@ -88,22 +89,22 @@ class WatchedScheduler(Scheduler):
 
 
 class Lab:
-    def __init__(self, setting: Setting, oracle: Oracle, programs_folder: str):
+    def __init__(self, setting: Setting, oracle: Oracle, programs_folder: str, **options: Any):
+        """`options` are more of `EngineConfig`'s."""
         self.setting, self.oracle = setting, oracle
-        self._core = build_engine(
-            EngineConfig(
-                model_path=oracle.folder,
-                skip_tokenizer_init=True,
-                dtype="float32",
-                context_length=MOST_TOKENS,
-                page_size=setting.page_size,
-                max_running_requests=setting.max_rows,
-                chunked_prefill_size=setting.most_chunk,
-                max_total_tokens=MOST_CACHED * MOST_TOKENS,
-                num_continuous_decode_steps=setting.num_steps,
-                compilation_cache_dir=programs_folder,
-            )
+        config = EngineConfig(
+            model_path=oracle.folder,
+            skip_tokenizer_init=True,
+            dtype="float32",
+            context_length=MOST_TOKENS,
+            page_size=setting.page_size,
+            max_running_requests=setting.max_rows,
+            chunked_prefill_size=setting.most_chunk,
+            max_total_tokens=MOST_CACHED * MOST_TOKENS,
+            num_continuous_decode_steps=setting.num_steps,
+            compilation_cache_dir=programs_folder,
         )
+        self._core = build_engine(dataclasses.replace(config, **options))
 
     def release(self) -> None:
         self._core.close()
@@ -164,12 +165,23 @@ class Lab:
           arrivals: the step before which each arrives; all at once without it.
           aborts: by request id, the step before which it is aborted.
         """
+        answers = self.ask(requests, arrivals=arrivals, aborts=aborts)
+        for answer in answers:
+            if answer.finish_reason.type != "abort" or answer.request.rid not in (aborts or {}):
+                self.oracle.check(answer)
+        return answers
+
+    def ask(
+        self,
+        requests: list[Request],
+        *,
+        arrivals: list[int] | None = None,
+        aborts: dict[str, int] | None = None,
+    ) -> list[Answer]:
+        """As `answer`, but checks nothing."""
         answers = {request.rid: Answer(request) for request in requests}
         coming = list(zip(arrivals or [0] * len(requests), requests, strict=True))
         self._run(answers, coming, aborts or {})
-        for answer in answers.values():
-            if answer.finish_reason.type != "abort" or answer.request.rid not in (aborts or {}):
-                self.oracle.check(answer)
         return list(answers.values())
 
     def _run(

@@ -1,6 +1,8 @@
 """Checkpoints like the demo model's with other weights, and what an engine answers with each."""
 
+import contextlib
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -8,15 +10,18 @@ from collections.abc import Callable
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 import safetensors.numpy
 
 from jaxserve import Engine
-from tests.server.serving import DEMO_MODEL, GREEDY
+from jaxserve.errors import RequestError
+from tests.server.serving import DEMO_MODEL, GREEDY, wait_for
 
 QUESTION = "What is the capital of France?"
 TEXTS = [QUESTION, "Once upon a time", "The capital of Kenya is", "5 + 7 =", "Monday, Tuesday,"]
 TOKENS = GREEDY | {"ignore_eos": True, "max_new_tokens": 12}
 ENDLESS = GREEDY | {"ignore_eos": True, "max_new_tokens": 3000}
+SIXTY = TOKENS | {"max_new_tokens": 60}
 FILE = "model.safetensors"
 
 
@@ -70,3 +75,37 @@ def spans(answer: dict) -> list[tuple[str, int, int]]:
 def live_bytes() -> int:
     """Of all arrays in this process."""
     return sum(array.nbytes for array in jax.live_arrays())
+
+
+@contextlib.contextmanager
+def nothing_changes(engine, expected):
+    """Weights, label, what is cached, who is in flight, memory and descriptors."""
+    engine.generate(QUESTION, TOKENS)
+    state, fds, size = engine.state, len(os.listdir("/proc/self/fd")), at_rest(live_bytes)
+    running = engine.generate(QUESTION, SIXTY, stream=True)
+    next(running)
+    yield
+    answer = list(running)[-1]
+    assert engine.state == state
+    assert len(os.listdir("/proc/self/fd")) == fds
+    assert at_rest(live_bytes) == size
+    assert answer["output_ids"][:12] == expected[0]
+    assert spans(answer) == [("default", 0, 60)]
+    assert answer["meta_info"]["num_retractions"] == 0
+    assert engine.generate(QUESTION, TOKENS)["meta_info"]["cached_tokens"] > 0
+    assert output(engine) == expected[0]
+
+
+def at_rest(number) -> int:
+    """Once it does not change any more: a last step may still be read."""
+    seen = [number()]
+    wait_for(lambda: seen.append(number()) or seen[-1] == seen[-2], 5)
+    return seen[-1]
+
+
+def refused(engine, folder, **fields) -> str:
+    with pytest.raises(RequestError) as error:
+        engine.update_weights_from_disk(str(folder), weight_version="wrong", **fields)
+    print(error.value)
+    assert error.value.status == 400
+    return str(error.value)

@@ -139,3 +139,12 @@ def test_replay_has_the_same_vectors_and_notices_others(config, tmp_path):
     other = compare(runner, records)
     print(other)
     assert not other.is_equal
+
+
+def test_deterministic_vectors_are_equal_to_the_bit(config):
+    config = dataclasses.replace(config, record_plans=None, deterministic=True)
+    with Engine(config) as engine:
+        together = engine.encode(input_ids=PROMPTS)
+        engine.flush_cache()
+        for prompt, answer in zip(PROMPTS, together, strict=True):
+            assert engine.encode(input_ids=prompt)["embedding"] == answer["embedding"]

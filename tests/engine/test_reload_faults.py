@@ -1,6 +1,5 @@
 """Checkpoints that must not be served: each is refused in words, and nothing else has changed."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -13,17 +12,14 @@ import pytest
 import safetensors.numpy
 
 from jaxserve import Engine
-from jaxserve.errors import RequestError
 from jaxserve.models.safetensors_file import SafetensorsFile
 from tests.engine.reloading import (
     FILE,
-    QUESTION,
-    TOKENS,
-    live_bytes,
+    nothing_changes,
     output,
     outputs,
+    refused,
     shard,
-    spans,
     write_variant,
 )
 from tests.server.serving import DEMO_MODEL, SMALL, programs_folder, wait_for
@@ -31,7 +27,6 @@ from tests.server.serving import DEMO_MODEL, SMALL, programs_folder, wait_for
 NORM = "model.norm.weight"
 Q = "model.layers.0.self_attn.q_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
-LONGER = TOKENS | {"max_new_tokens": 60}
 
 
 @pytest.fixture(scope="module")
@@ -61,40 +56,6 @@ def folder(root, request) -> pathlib.Path:
     folder = write_variant(root / request.node.name.replace("/", "_"))
     yield folder
     shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def nothing_changes(engine, expected):
-    """Weights, label, what is cached, who is in flight, memory and descriptors."""
-    engine.generate(QUESTION, TOKENS)
-    state, fds, size = engine.state, len(os.listdir("/proc/self/fd")), at_rest(live_bytes)
-    running = engine.generate(QUESTION, LONGER, stream=True)
-    next(running)
-    yield
-    answer = list(running)[-1]
-    assert engine.state == state
-    assert len(os.listdir("/proc/self/fd")) == fds
-    assert at_rest(live_bytes) == size
-    assert answer["output_ids"][:12] == expected[0]
-    assert spans(answer) == [("default", 0, 60)]
-    assert answer["meta_info"]["num_retractions"] == 0
-    assert engine.generate(QUESTION, TOKENS)["meta_info"]["cached_tokens"] > 0
-    assert output(engine) == expected[0]
-
-
-def at_rest(number) -> int:
-    """Once it does not change any more: a last step may still be read."""
-    seen = [number()]
-    wait_for(lambda: seen.append(number()) or seen[-1] == seen[-2], 5)
-    return seen[-1]
-
-
-def refused(engine, folder, **fields) -> str:
-    with pytest.raises(RequestError) as error:
-        engine.update_weights_from_disk(str(folder), weight_version="wrong", **fields)
-    print(error.value)
-    assert error.value.status == 400
-    return str(error.value)
 
 
 def edit(folder: pathlib.Path, change) -> None:

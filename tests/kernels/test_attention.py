@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import attention
 
-IMPLEMENTATIONS = ["reference", "triton-interpret"]
+IMPLEMENTATIONS = ["reference", "triton-interpret", "batch-invariant"]
 if jax.default_backend() == "gpu":
     IMPLEMENTATIONS.append("triton")
 

@@ -55,7 +55,10 @@ def test_commands_beside_serve():
     assert version.returncode == 0 and version.stdout.startswith("jaxserve 0.")
     usage = run(COMMAND[0])
     assert usage.returncode == 0
-    assert all(f"(jaxserve {name} --help)" in usage.stdout for name in ("serve", "bench", "replay"))
+    assert all(
+        f"(jaxserve {name} --help)" in usage.stdout
+        for name in ("serve", "bench", "convert", "replay")
+    )
     unknown = run(COMMAND[0], "bake")
     assert unknown.returncode == 2 and "unknown command 'bake'" in unknown.stdout
 

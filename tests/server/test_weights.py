@@ -69,6 +69,8 @@ def test_failed_update_changes_nothing(client, other, weights_folder):
         words = refused(client, model_path=f"{weights_folder}/empty")
         empty = f"Cannot find any model weights with `{weights_folder}/empty`"
         assert words == f"Failed to get weights iterator: {empty}."
+        words = refused(client, model_path=other, load_format="orbax")
+        assert words.startswith("Failed to get weights iterator: Cannot find any orbax checkpoint")
         words = refused(client, model_path=other, load_format="pt")
         assert words.startswith("Failed to get model loader: 'pt' is not read here")
         assert client.get("/model_info").json() == before

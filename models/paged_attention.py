@@ -4,10 +4,12 @@ import dataclasses
 import typing
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_kernels import attention
 from pallas_kernels.attention import KVCache, Plan, RaggedBatch
+from pallas_kernels.fixed_tiles import TILE
 
 
 @typing.no_type_check  # a pytree: its leaves are not always arrays
@@ -38,4 +40,20 @@ class PagedAttention:
     def __call__(self, layer, q, k, v, *, window=None):
         cache = attention.write_kv(self.cache, layer, k, v, self.slot_mapping)
         out = attention.paged_attention(q, cache, layer, self.plan, window=window)
-        return out, dataclasses.replace(self, cache=cache)
+        return out, self.with_cache(cache)
+
+    def with_cache(self, cache: KVCache) -> "PagedAttention":
+        return dataclasses.replace(self, cache=cache)
+
+    @property
+    def num_live(self) -> Int32[Array, ""]:
+        """Tokens up to the last that is kept: what goes to the trash page is padding."""
+        token = jnp.arange(len(self.slot_mapping), dtype=jnp.int32)
+        is_live = self.slot_mapping >= self.cache.page_size
+        return jnp.where(is_live, token + 1, 0).max()
+
+    def cut(self, start: Int32[Array, ""]) -> "PagedAttention":
+        """That of the tile of tokens that begins at `start` (`Plan.cut`)."""
+        token = start + jnp.arange(TILE, dtype=jnp.int32)
+        slots = self.slot_mapping.at[token].get(mode="fill", fill_value=0)
+        return dataclasses.replace(self, slot_mapping=slots, plan=self.plan.cut(start))
