@@ -306,7 +306,7 @@ def _run_model(
     page_size = state.kv.page_size
     slots = state.page_table[owner, positions // page_size] * page_size + positions % page_size
     slots = jnp.where(is_live, slots, 0)
-    attend = PagedAttention.of(state.kv, slots, batch, implementation=attention)
+    attend = PagedAttention.of(state.kv, slots, batch, is_live, implementation=attention)
     hidden, attend = model(tokens, positions, attend)
     return dataclasses.replace(state, kv=attend.cache), hidden
 

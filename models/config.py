@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, get_args
 
+from jaxserve.models.moe_config import MoeConfig
 from jaxserve.models.pooling import PoolingConfig
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
@@ -54,6 +55,8 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
     windows: tuple[int | None, ...] = ()  # one per layer: positions seen, None for all
+    clip_qkv: float | None = None  # the largest absolute value of q, k and v
+    moe: MoeConfig | None = None
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
     pooling: PoolingConfig | None = None  # of a model that answers with vectors, not tokens
@@ -109,7 +112,7 @@ class ModelConfig:
             num_kv_heads=size(raw, "num_key_value_heads", num_heads),
             head_dim=size(raw, "head_dim", shape["hidden_size"] // num_heads),
             context_length=context_length or longest,
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            rms_norm_eps=number(raw, "rms_norm_eps", 1e-6),
             rope=_parse_rope(raw, longest),
             tie_word_embeddings=flag(raw, "tie_word_embeddings"),
             windows=(None,) * shape["num_hidden_layers"],
@@ -167,14 +170,14 @@ def _parse_rope(raw: Mapping[str, Any], longest: int) -> RopeConfig:
     if rope_type in ("llama3", "yarn"):
         key = "original_max_position_embeddings"
         original = size(raw, key, size(scaling, key, longest))
-    factor = _number(scaling, "factor", None)
+    factor = number(scaling, "factor", None)
     if factor is None and rope_type == "yarn" and "factor" in scaling:
         factor = longest / original
     if factor is None and rope_type != "default":
         raise ValueError(f"config.json: rope_type {rope_type!r} needs a factor")
     return RopeConfig(
         rope_type=rope_type,
-        theta=_number(scaling, "rope_theta", _number(raw, "rope_theta", 10000.0)),
+        theta=number(scaling, "rope_theta", number(raw, "rope_theta", 10000.0)),
         factor=1.0 if factor is None else factor,
         original_context_length=original,
         **_rope_options(scaling, rope_type),
@@ -184,9 +187,9 @@ def _parse_rope(raw: Mapping[str, Any], longest: int) -> RopeConfig:
 def _rope_options(scaling: Mapping[str, Any], rope_type: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-        options[name] = _number(scaling, name, None)
+        options[name] = number(scaling, name, None)
     for name in ("attention_factor", "mscale", "mscale_all_dim"):
-        options[name] = None if scaling.get(name) == 0 else _number(scaling, name, None)
+        options[name] = None if scaling.get(name) == 0 else number(scaling, name, None)
     if scaling.get("truncate") is not None:
         options["truncate"] = flag(scaling, "truncate")
     options = {name: value for name, value in options.items() if value is not None}
@@ -227,7 +230,7 @@ def flag(raw: Mapping[str, Any], key: str) -> bool:
     return bool(value)
 
 
-def _number(raw: Mapping[str, Any], key: str, default: float | None) -> float | None:
+def number(raw: Mapping[str, Any], key: str, default: float | None) -> float | None:
     value = raw.get(key)
     if value is None:
         return default

@@ -26,15 +26,14 @@ def forward(
     """
     num_rows, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (num_rows, length))
-
-    def one(tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        hidden, _ = model(tokens, positions, CausalAttention())
-        return model.logits(hidden)
-
-    logits = jax.vmap(one)(tokens, positions)
-    if lengths is None:
-        return logits
-    return jnp.where((positions < lengths[:, None])[..., None], logits, 0)
+    is_live = None if lengths is None else positions < lengths[:, None]
+    # Flat, not under vmap: a row's tokens would not share their experts with another's.
+    attend = CausalAttention(
+        is_live=None if is_live is None else is_live.reshape(-1), num_rows=num_rows
+    )
+    hidden, _ = model(tokens.reshape(-1), positions.reshape(-1), attend)
+    logits = model.logits(hidden).reshape(num_rows, length, -1)
+    return logits if is_live is None else jnp.where(is_live[..., None], logits, 0)
 
 
 def token_logprobs(
@@ -121,4 +120,5 @@ def _paged_attention(config: ModelConfig, dtype, num_rows: int, length: int) -> 
         query_start_loc=length * jnp.arange(num_rows + 1, dtype=jnp.int32),
     )
     cache = empty_kv_cache(shape, num_pages, dtype)
-    return PagedAttention.of(cache, slots.reshape(-1), batch, implementation=ATTENTION)
+    is_live = jnp.ones(num_rows * length, bool)
+    return PagedAttention.of(cache, slots.reshape(-1), batch, is_live, implementation=ATTENTION)

@@ -140,11 +140,7 @@ def _build(
 
     def build(path: tuple, views_of: list[View]) -> jax.Array:
         leaf = leaves[path]
-        blocks = [tensors[view.name].reshape(view.part_shape) for view in views_of]
-        if len(blocks) == 1:
-            array = blocks[0] if blocks[0].shape == leaf.shape else blocks[0].reshape(leaf.shape)
-        else:
-            array = jnp.concatenate(blocks, axis=_fused_axis(views_of))
+        array = _join([(view, _as_part(tensors[view.name], view)) for view in views_of])
         return array if array.dtype == leaf.dtype else array.astype(leaf.dtype)
 
     return {path: build(path, views_of) for path, views_of in parts.items()}
@@ -175,9 +171,19 @@ def _check(tensors: Mapping[str, jax.Array], abstract: nnx.State) -> None:
         raise ValueError(f"the tensors do not fit the model: {'; '.join(told)}")
 
 
-def _fused_axis(parts: list[View]) -> int:
-    """The axis along which the parts lie one after the other: the one that is cut."""
-    return next(axis for axis, cut in enumerate(parts[0].index) if cut != slice(None, None, None))
+def _as_part(tensor: jax.Array, view: View) -> jax.Array:
+    return tensor if tensor.shape == view.part_shape else tensor.reshape(view.part_shape)
+
+
+def _join(parts: list[tuple[View, jax.Array]], axis: int = 0) -> jax.Array:
+    """Lays parts beside each other as their views say: along this axis, and within along others."""
+    if len(parts) == 1:
+        return parts[0][1]
+    at: dict[int, list[tuple[View, jax.Array]]] = {}  # by where they begin on this axis
+    for view, part in parts:
+        at.setdefault(view.index[axis].start or 0, []).append((view, part))
+    joined = [_join(at[start], axis + 1) for start in sorted(at)]
+    return joined[0] if len(joined) == 1 else jnp.concatenate(joined, axis)
 
 
 def _key(entry: Any) -> str:

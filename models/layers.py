@@ -4,8 +4,11 @@ Each parameter says what the rest of jaxserve must know of it:
   kind   "matrix", "bias" or "norm"
   axes   the logical axis of each dimension, to be mapped to a mesh
   parts  the checkpoint's tensors that it holds, and where: (name, index); the name replaces that
-         of the fused module (`qkv_proj` -> `q_proj`), and "" keeps it
+         of the fused module (`qkv_proj` -> `q_proj`, or `gate_up_proj` -> `7.up_proj` where the
+         parameter is stacked), and "" keeps it
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from jaxserve.models.interface import Attend
 from jaxserve.models.rope import Rope, apply_rope
 
 Parts = tuple[tuple[str, tuple[slice, ...]], ...]
+QkNorm = Literal["head", "projection"]  # of each head alone, or of all heads as one vector
 WHOLE: Parts = (("", ()),)
 
 
@@ -111,7 +115,7 @@ class Attention(nnx.Module):
     q, k and v are one matrix, grouped by KV head: `[K, G query heads + k + v, H, D]`.
     """
 
-    def __init__(self, c: ModelConfig, dtype, *, window: int | None, qk_norm: bool = False):
+    def __init__(self, c: ModelConfig, dtype, *, window: int | None, qk_norm: QkNorm | None = None):
         group = c.num_heads // c.num_kv_heads
         self.qkv_proj = FusedLinear(
             c.hidden_size,
@@ -132,9 +136,12 @@ class Attention(nnx.Module):
             axes=(None, "heads"),
             bias=c.attention_out_bias,
         )
-        self.q_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps, dtype=dtype) if qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, eps=c.rms_norm_eps, dtype=dtype) if qk_norm else None
-        self.window = window
+        heads = (c.num_heads, c.num_kv_heads) if qk_norm == "projection" else (1, 1)
+        self.q_norm, self.k_norm = (
+            RMSNorm(n * c.head_dim, eps=c.rms_norm_eps, dtype=dtype) if qk_norm else None
+            for n in heads
+        )
+        self.window, self.clip = window, c.clip_qkv
 
     def __call__[A: Attend](
         self, x: Float[Array, "T D"], rope: Rope, attend: A, layer: Int32[Array, ""]
@@ -143,26 +150,34 @@ class Attention(nnx.Module):
         q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
         q = q.reshape(len(x), -1, q.shape[-1])
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = _norm_heads(self.q_norm, q), _norm_heads(self.k_norm, k)
+        if self.clip is not None:
+            q, k, v = (jnp.clip(x, -self.clip, self.clip) for x in (q, k, v))
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         out, attend = attend(layer, q, k, v, window=self.window)
         return self.o_proj(out.reshape(len(x), -1)), attend
 
 
+def _norm_heads(norm: RMSNorm, x: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+    """As many heads at a time as the norm has weights for."""
+    return norm(x.reshape(len(x), -1, norm.weight.shape[0])).reshape(x.shape)
+
+
 class GatedMLP(nnx.Module):
     """SwiGLU (https://arxiv.org/abs/2002.05202); gate and up are one matrix `[2, F, D]`."""
 
-    def __init__(self, c: ModelConfig, dtype):
+    def __init__(self, c: ModelConfig, dtype, *, intermediate_size: int | None = None):
+        inner = intermediate_size or c.intermediate_size
         self.gate_up_proj = FusedLinear(
             c.hidden_size,
-            (2, c.intermediate_size),
+            (2, inner),
             parts=(("gate_proj", (slice(0, 1),)), ("up_proj", (slice(1, 2),))),
             dtype=dtype,
             axes=(None, "mlp"),
             bias=c.mlp_bias,
         )
         self.down_proj = Linear(
-            c.intermediate_size, c.hidden_size, dtype=dtype, axes=(None, "mlp"), bias=c.mlp_bias
+            inner, c.hidden_size, dtype=dtype, axes=(None, "mlp"), bias=c.mlp_bias
         )
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:

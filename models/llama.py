@@ -11,23 +11,42 @@ from jaxtyping import Array, Float, Int32
 
 from jaxserve.models.config import ModelConfig, flag
 from jaxserve.models.interface import Attend
-from jaxserve.models.layers import Attention, Embedding, GatedMLP, Linear, RMSNorm, project
+from jaxserve.models.layers import (
+    Attention,
+    Embedding,
+    GatedMLP,
+    Linear,
+    QkNorm,
+    RMSNorm,
+    project,
+)
 from jaxserve.models.rope import Rope, rope_tables
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, c: ModelConfig, dtype, *, window: int | None, qk_norm: bool):
-        self.self_attn = Attention(c, dtype, window=window, qk_norm=qk_norm)
-        self.mlp = GatedMLP(c, dtype)
+    mlp_name = "mlp"  # in the checkpoint
+
+    def __init__(self, c: ModelConfig, dtype, *, number: int, qk_norm: QkNorm | None):
+        self.self_attn = Attention(c, dtype, window=c.windows[number], qk_norm=qk_norm)
+        setattr(self, self.mlp_name, self.make_mlp(c, dtype, number))
         self.input_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=dtype)
+
+    def make_mlp(self, c: ModelConfig, dtype, number: int) -> nnx.Module:
+        return GatedMLP(c, dtype)
+
+    def feed_forward[A: Attend](
+        self, x: Float[Array, "T D"], attend: A, layer: Int32[Array, ""]
+    ) -> tuple[Float[Array, "T D"], A]:
+        return self.mlp(x), attend
 
     def __call__[A: Attend](
         self, x: Float[Array, "T D"], rope: Rope, attend: A, layer: Int32[Array, ""]
     ) -> tuple[Float[Array, "T D"], A]:
         attended, attend = self.self_attn(self.input_layernorm(x), rope, attend, layer)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), attend
+        out, attend = self.feed_forward(self.post_attention_layernorm(x), attend, layer)
+        return x + out, attend
 
 
 # Traced once for all layers of one kind: unrolled layers run fastest, but tracing 32 of them does
@@ -36,10 +55,12 @@ run_layer = jax.jit(DecoderLayer.__call__)
 
 
 class Backbone(nnx.Module):
-    def __init__(self, c: ModelConfig, dtype, *, qk_norm: bool):
+    def __init__(
+        self, c: ModelConfig, dtype, *, layer_class: type[DecoderLayer], qk_norm: QkNorm | None
+    ):
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, dtype=dtype)
         self.layers = nnx.List(
-            [DecoderLayer(c, dtype, window=window, qk_norm=qk_norm) for window in c.windows]
+            [layer_class(c, dtype, number=i, qk_norm=qk_norm) for i in range(c.num_layers)]
         )
         self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps, dtype=dtype)
         self.config = c
@@ -54,7 +75,8 @@ class Backbone(nnx.Module):
 
 
 class LlamaForCausalLM(nnx.Module):
-    qk_norm = False
+    layer_class = DecoderLayer
+    qk_norm: QkNorm | None = None
 
     @staticmethod
     def read_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -67,7 +89,7 @@ class LlamaForCausalLM(nnx.Module):
         }
 
     def __init__(self, c: ModelConfig, dtype):
-        self.model = Backbone(c, dtype, qk_norm=self.qk_norm)
+        self.model = Backbone(c, dtype, layer_class=self.layer_class, qk_norm=self.qk_norm)
         self.lm_head = (
             None
             if c.tie_word_embeddings

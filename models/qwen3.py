@@ -9,7 +9,7 @@ from jaxserve.models.qwen2 import qwen_windows
 
 
 class Qwen3ForCausalLM(LlamaForCausalLM):
-    qk_norm = True
+    qk_norm = "head"
 
     @staticmethod
     def read_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "OlmoeForCausalLM": "olmoe",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 # What a name ends with instead of "ForCausalLM", where a decoder answers with vectors.
 POOLED_ENDINGS: dict[str, HeadKind | None] = {

@@ -29,6 +29,7 @@ class Case:
     shards: int = 1
     dtype: str = "float32"
     embedding_std: float = 1.0
+    has_experts: bool = False  # the golden holds the router's choices too
 
     def checkpoint_options(self) -> dict:
         return {name: getattr(self, name) for name in ("shards", "dtype", "embedding_std")}
@@ -82,6 +83,50 @@ QWEN3 = QWEN2 | {
     "head_dim": 32,
     "attention_bias": False,
 }
+MOE = SIZES | {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "tie_word_embeddings": False,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+QWEN_MOE = MOE | {
+    "num_experts": 8,
+    "moe_intermediate_size": 24,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": False,
+    "use_sliding_window": False,
+    "sliding_window": 32,
+    "max_window_layers": 1,
+    "rms_norm_eps": 1e-6,
+}
+QWEN2_MOE = QWEN_MOE | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "shared_expert_intermediate_size": 40,
+}
+QWEN3_MOE = QWEN_MOE | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "mlp_only_layers": [],
+}
+MIXTRAL = MOE | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "router_jitter_noise": 0.1,
+    "rms_norm_eps": 1e-5,
+}
+OLMOE = MOE | {
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "num_experts": 8,
+    "norm_topk_prob": False,
+    "clip_qkv": None,
+}
 
 # Original contexts are short, so that these tiny heads have fast, slow and intermediate dimensions.
 LLAMA3_ROPE = {
@@ -110,6 +155,13 @@ def v5(base: dict, rope_theta: float = 10000.0, *, rope: dict | None = None, **c
 def layer_types(letters: str) -> list[str]:
     names = {"f": "full_attention", "s": "sliding_attention"}
     return [names[letter] for letter in letters]
+
+
+def moe_case(name: str, config: dict, **options) -> Case:
+    """Two shorter prompts: a small golden."""
+    return Case(
+        name, config, prompt_lengths=(11, 73), num_greedy_tokens=32, has_experts=True, **options
+    )
 
 
 LLAMA_CASES = [
@@ -497,4 +549,86 @@ QWEN3_CASES = [
     ),
 ]
 
-CASES = LLAMA_CASES + MISTRAL_CASES + QWEN2_CASES + QWEN3_CASES
+MOE_CASES = [
+    moe_case(
+        "qwen2_moe",
+        v4(QWEN2_MOE, 1e6),
+        seed=501,
+        contrast={"norm_topk_prob": True},
+        dtype="bfloat16",
+        shards=2,
+    ),
+    # Layers 1 and 3 by the step, but 3 has none; windows in the first layers that are even.
+    moe_case(
+        "qwen2_moe_sparse_step",
+        v5(
+            QWEN2_MOE,
+            decoder_sparse_step=2,
+            mlp_only_layers=[3],
+            num_hidden_layers=4,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+            use_sliding_window=True,
+            max_window_layers=2,
+        ),
+        seed=502,
+        contrast={"max_window_layers": 0},
+    ),
+    moe_case(
+        "qwen2_moe_no_bias",
+        v5(QWEN2_MOE, 1e6, qkv_bias=False, norm_topk_prob=True, num_experts_per_tok=1),
+        seed=503,
+        contrast={"norm_topk_prob": False},
+    ),
+    moe_case(
+        "qwen3_moe",
+        v4(QWEN3_MOE, 1e6, norm_topk_prob=True, num_experts_per_tok=4, mlp_only_layers=[0]),
+        seed=511,
+        contrast={"norm_topk_prob": False},
+        shards=3,
+        dtype="bfloat16",
+    ),
+    # As transformers 5 writes it; a window in all layers.
+    moe_case(
+        "qwen3_moe_window",
+        v5(
+            {key: value for key, value in QWEN3_MOE.items() if key != "num_experts"},
+            num_local_experts=6,
+            use_sliding_window=True,
+            sliding_window=20,
+            attention_bias=True,
+        ),
+        seed=512,
+        contrast={"sliding_window": 21},
+    ),
+    moe_case(
+        "mixtral",
+        v4(MIXTRAL, 1e6, sliding_window=None),
+        seed=521,
+        contrast={"sliding_window": 40},
+        dtype="bfloat16",
+    ),
+    moe_case(
+        "mixtral_window",
+        v5(MIXTRAL, 1e6, sliding_window=24, head_dim=16, num_experts_per_tok=3),
+        seed=522,
+        contrast={"sliding_window": 23},
+        shards=2,
+    ),
+    moe_case(
+        "olmoe",
+        v4(OLMOE, num_experts_per_tok=4, num_key_value_heads=4, rms_norm_eps=1e-5),
+        seed=533,
+        contrast={"norm_topk_prob": True},
+        dtype="bfloat16",
+    ),
+    # Grouped heads, each group norm over all of them, and clipped.
+    moe_case(
+        "olmoe_clip",
+        v5(OLMOE, clip_qkv=0.7, norm_topk_prob=True, attention_bias=True),
+        seed=532,
+        contrast={"clip_qkv": None},
+    ),
+]
+
+CASES = LLAMA_CASES + MISTRAL_CASES + QWEN2_CASES + QWEN3_CASES + MOE_CASES

@@ -19,6 +19,8 @@ class Prompt:
     logits: np.ndarray  # f32[P, V], scores of the token after each position
     greedy_tokens: np.ndarray  # i32[G]
     gaps: np.ndarray  # f32[G], by how much each greedy token's logit exceeds the second best
+    # u8[S, T, k], ascending: what each token of the prompt takes in each layer that has experts.
+    expert_ids: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +36,17 @@ def golden_path(name: str) -> Path:
 def write_golden(name: str, golden: Golden) -> None:
     arrays = {"checkpoint": np.array(golden.checkpoint)}
     for index, prompt in enumerate(golden.prompts):
-        for field in dataclasses.fields(Prompt):
-            arrays[f"{index}_{field.name}"] = getattr(prompt, field.name)
+        fields = {name: x for name, x in vars(prompt).items() if x is not None}
+        arrays |= {f"{index}_{name}": array for name, array in fields.items()}
     np.savez_compressed(golden_path(name), **arrays)
 
 
 def read_golden(name: str) -> Golden:
-    fields = [field.name for field in dataclasses.fields(Prompt)]
     with np.load(golden_path(name)) as arrays:
-        num_prompts = (len(arrays.files) - 1) // len(fields)
-        prompts = [
-            Prompt(**{field: arrays[f"{index}_{field}"] for field in fields})
-            for index in range(num_prompts)
-        ]
-        return Golden(str(arrays["checkpoint"]), tuple(prompts))
+        checkpoint = str(arrays["checkpoint"])
+        prompts: dict[str, dict] = {}
+        for key in arrays.files:
+            index, _, field = key.partition("_")
+            if field:
+                prompts.setdefault(index, {})[field] = arrays[key]
+        return Golden(checkpoint, tuple(Prompt(**fields) for fields in prompts.values()))

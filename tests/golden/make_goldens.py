@@ -21,6 +21,8 @@ from tests.golden.random_checkpoint import random_tokens, write_checkpoint
 INTERESTING_POSITIONS = (2, 15, 16, 63, 64, 128)
 # The tests allow 1e-4 of the largest logit; an option that moves less would go untested.
 LEAST_CONTRAST = 2e-3
+# A choice of experts by less may differ from one implementation to another.
+CLOSE_SCORES = 1e-5
 
 
 def main(names: list[str]) -> None:
@@ -82,7 +84,31 @@ def run(model: transformers.PreTrainedModel, tokens: np.ndarray, case: Case) -> 
     cached = greedy_tokens_with_cache(model, tokens, case.num_greedy_tokens)
     comparable = np.cumprod((cached == greedy) | (gaps > CLOSE)).astype(bool)
     np.testing.assert_array_equal(cached[comparable], greedy[comparable])
-    return Prompt(tokens, positions, logits, greedy, gaps)
+    experts = chosen_experts(model, tokens, case) if case.has_experts else None
+    return Prompt(tokens, positions, logits, greedy, gaps, experts)
+
+
+def chosen_experts(
+    model: transformers.PreTrainedModel, tokens: np.ndarray, case: Case
+) -> np.ndarray:
+    """What every router chooses; raises ValueError where a choice is too close to compare."""
+    chosen = []
+
+    def note(_router, _inputs, outputs):
+        logits, _, expert_ids = outputs
+        scores, _ = logits.softmax(-1).sort(descending=True)
+        count = expert_ids.shape[1]
+        gap = float((scores[:, count - 1] - scores[:, count]).min())
+        if gap < CLOSE_SCORES:
+            raise ValueError(f"{case.name}: two experts are as good, by {gap}: take another seed")
+        chosen.append(np.sort(expert_ids.numpy(), axis=-1).astype(np.uint8))
+
+    routers = [module for module in model.modules() if type(module).__name__.endswith("Router")]
+    hooks = [router.register_forward_hook(note) for router in routers]
+    all_logits(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    return np.stack(chosen)
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ import numpy as np
 
 Shapes = dict[str, tuple[int, ...]]
 
+MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
 QWEN3_HEAD_DIM = 128  # what Qwen3's configuration means when it names no head_dim
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -55,7 +56,7 @@ def tensor_shapes(config: dict) -> Shapes:
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         shapes |= attention_shapes(config, f"{prefix}.self_attn")
-        shapes |= mlp_shapes(config, f"{prefix}.mlp")
+        shapes |= feed_forward_shapes(config, prefix, layer)
         shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
@@ -65,29 +66,56 @@ def tensor_shapes(config: dict) -> Shapes:
 
 
 def attention_shapes(config: dict, prefix: str) -> Shapes:
-    is_qwen2, is_qwen3 = (config["model_type"] == name for name in ("qwen2", "qwen3"))
+    model_type = config["model_type"]
+    is_qwen2 = model_type == "qwen2" or (model_type == "qwen2_moe" and config.get("qkv_bias", True))
+    is_qwen3, is_olmoe = model_type in ("qwen3", "qwen3_moe"), model_type == "olmoe"
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or (QWEN3_HEAD_DIM if is_qwen3 else hidden // heads)
+    head_dim = config.get("head_dim") or (
+        QWEN3_HEAD_DIM if model_type == "qwen3" else hidden // heads
+    )
     q_size, kv_size = heads * head_dim, config.get("num_key_value_heads", heads) * head_dim
     out_biased = config.get("attention_bias", False)
     biased = out_biased or is_qwen2
-    norms = ("q_norm", "k_norm") if is_qwen3 else ()
+    norms = {"q_norm": head_dim, "k_norm": head_dim} if is_qwen3 else {}
+    norms = {"q_norm": q_size, "k_norm": kv_size} if is_olmoe else norms
     return (
         linear_shapes(f"{prefix}.q_proj", q_size, hidden, biased)
         | linear_shapes(f"{prefix}.k_proj", kv_size, hidden, biased)
         | linear_shapes(f"{prefix}.v_proj", kv_size, hidden, biased)
         | linear_shapes(f"{prefix}.o_proj", hidden, q_size, out_biased)
-        | {f"{prefix}.{norm}.weight": (head_dim,) for norm in norms}
+        | {f"{prefix}.{norm}.weight": (size,) for norm, size in norms.items()}
     )
 
 
-def mlp_shapes(config: dict, prefix: str) -> Shapes:
-    hidden, intermediate = config["hidden_size"], config["intermediate_size"]
-    biased = config.get("mlp_bias", False)
+def feed_forward_shapes(config: dict, prefix: str, layer: int) -> Shapes:
+    """A dense MLP or experts, whichever this layer has."""
+    step = config.get("decoder_sparse_step", 1)
+    is_sparse = (layer + 1) % step == 0 and layer not in config.get("mlp_only_layers", [])
+    if "num_experts_per_tok" not in config or not is_sparse:
+        return mlp_shapes(config, f"{prefix}.mlp", config["intermediate_size"])
+    is_mixtral, hidden = config["model_type"] == "mixtral", config["hidden_size"]
+    block = f"{prefix}.{'block_sparse_moe' if is_mixtral else 'mlp'}"
+    names = ("w1", "w3", "w2") if is_mixtral else MLP_NAMES
+    num_experts = config.get("num_experts") or config["num_local_experts"]
+    inner = config.get("moe_intermediate_size") or config["intermediate_size"]
+    shapes = linear_shapes(f"{block}.gate", num_experts, hidden, False)
+    for expert in range(num_experts):
+        shapes |= mlp_shapes(config, f"{block}.experts.{expert}", inner, names)
+    if shared := config.get("shared_expert_intermediate_size"):
+        shapes |= mlp_shapes(config, f"{block}.shared_expert", shared)
+        shapes |= linear_shapes(f"{block}.shared_expert_gate", 1, hidden, False)
+    return shapes
+
+
+def mlp_shapes(
+    config: dict, prefix: str, intermediate: int, names: tuple[str, ...] = MLP_NAMES
+) -> Shapes:
+    hidden, biased = config["hidden_size"], config.get("mlp_bias", False)
+    gate, up, down = (f"{prefix}.{name}" for name in names)
     return (
-        linear_shapes(f"{prefix}.gate_proj", intermediate, hidden, biased)
-        | linear_shapes(f"{prefix}.up_proj", intermediate, hidden, biased)
-        | linear_shapes(f"{prefix}.down_proj", hidden, intermediate, biased)
+        linear_shapes(gate, intermediate, hidden, biased)
+        | linear_shapes(up, intermediate, hidden, biased)
+        | linear_shapes(down, hidden, intermediate, biased)
     )
 
 

@@ -21,12 +21,20 @@ CONFIG = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+EXPERTS = CONFIG | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+    "decoder_sparse_step": 2,
+}
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = ModelConfig.from_dict(CONFIG)
+@pytest.fixture(scope="module", params=[CONFIG, EXPERTS], ids=["dense", "experts"])
+def model(request):
+    config = ModelConfig.from_dict(request.param)
     abstract = create_model(config, dtype=jnp.float32)[1]
     params = create_model(config, dtype=jnp.float32, key=jax.random.key(0))[1]
     noise = np.random.default_rng(0)
@@ -70,13 +78,14 @@ def test_what_is_not_fused_is_not_copied(model):
     fused = fuse(unfuse(params), abstract)
     kept = {id(leaf) for leaf in jax.tree.leaves(params)}
     shared = [leaf for leaf in jax.tree.leaves(fused) if id(leaf) in kept]
-    # Per layer qkv (weight and bias) and gate_up are fused; all else stays.
-    assert len(shared) == len(kept) - 3 * CONFIG["num_hidden_layers"]
+    # Per layer qkv (weight and bias) and gate_up are fused, and the experts; all else stays.
+    has_experts = len(abstract["model"]["layers"][1]["mlp"]) > 2
+    assert len(shared) == len(kept) - 3 * CONFIG["num_hidden_layers"] - 2 * has_experts
 
 
 def test_tensors_are_cast_to_the_models_dtype(model):
-    _, params = model
-    abstract = create_model(ModelConfig.from_dict(CONFIG), dtype=jnp.bfloat16)[1]
+    abstract, params = model
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), abstract)
     fused = fuse(unfuse(params), abstract)
     assert {leaf.dtype for leaf in jax.tree.leaves(fused)} == {jnp.dtype(jnp.bfloat16)}
 

@@ -6,12 +6,14 @@ position's logits depend on what precedes it only.
 
 import dataclasses
 import pathlib
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import Array, Int32
 
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.interface import CausalAttention
@@ -31,6 +33,19 @@ class Answer:
 
     prompt: Prompt
     logits: np.ndarray  # f32[T, V], at every position of the prompt and its greedy tokens
+    expert_ids: np.ndarray  # i32[L, T, k], zeros in layers without experts
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NotingAttention(CausalAttention):
+    """Keeps what every layer's router has chosen."""
+
+    expert_ids: Int32[Array, "L T k"] | None = None
+
+    def note_experts(self, layer, expert_ids):
+        return dataclasses.replace(self, expert_ids=self.expert_ids.at[layer].set(expert_ids))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -41,7 +56,7 @@ def answers(request, tmp_path_factory) -> list[Answer]:
     digest = write_checkpoint(case.config, folder, case.seed, **case.checkpoint_options())
     assert digest == golden.checkpoint, "made from another checkpoint: see tests/golden/README.md"
     model = load(case, folder)
-    return [Answer(prompt, all_logits(model, prompt)) for prompt in golden.prompts]
+    return [answer(model, prompt) for prompt in golden.prompts]
 
 
 def load(case: Case, folder: pathlib.Path) -> nnx.Module:
@@ -53,12 +68,17 @@ def load(case: Case, folder: pathlib.Path) -> nnx.Module:
     return model
 
 
-def all_logits(model: nnx.Module, prompt: Prompt) -> np.ndarray:
+def answer(model: nnx.Module, prompt: Prompt) -> Answer:
     tokens = np.concatenate([prompt.tokens, prompt.greedy_tokens])
-    padded = np.pad(tokens, (0, PADDED_LENGTH - len(tokens)))
+    padded = jnp.asarray(np.pad(tokens, (0, PADDED_LENGTH - len(tokens))))
+    positions, moe = jnp.arange(PADDED_LENGTH), model.model.config.moe
+    choices = 1 if moe is None else moe.routing.top_k
+    noted = jnp.zeros((len(model.model.layers), PADDED_LENGTH, choices), jnp.int32)
+    attend = NotingAttention(is_live=positions < len(tokens), expert_ids=noted)
     with jax.default_matmul_precision("highest"):
-        hidden, _ = model(jnp.asarray(padded), jnp.arange(PADDED_LENGTH), CausalAttention())
-        return np.asarray(model.logits(hidden))[: len(tokens)]
+        hidden, attend = model(padded, positions, attend)
+        logits = np.asarray(model.logits(hidden))
+    return Answer(prompt, logits[: len(tokens)], np.asarray(attend.expert_ids))
 
 
 def test_logits_are_those_of_transformers(answers):
@@ -78,6 +98,21 @@ def test_greedy_tokens_are_those_of_transformers(answers):
         print(f"{len(prompt.tokens)} tokens: {is_clear.sum()} greedy tokens compared")
         np.testing.assert_array_equal(predicted[is_clear], prompt.greedy_tokens[is_clear])
         assert is_clear.sum() >= len(is_clear) // 2
+
+
+def test_experts_are_those_that_transformers_chooses(answers, request):
+    case = request.node.callspec.params["answers"]
+    if not case.has_experts:
+        assert not any(answer.expert_ids.any() for answer in answers)
+        return
+    moe = ModelConfig.from_dict(case.config).moe
+    for answer in answers:
+        expected = answer.prompt.expert_ids
+        chosen = answer.expert_ids[list(moe.is_sparse), : len(answer.prompt.tokens)]
+        counts = np.bincount(chosen.reshape(-1), minlength=moe.num_experts)
+        print(f"{expected.shape} choices equal; of each expert {counts}")
+        np.testing.assert_array_equal(np.sort(chosen, axis=-1), expected)
+        assert (counts > 0).sum() > moe.routing.top_k
 
 
 def test_every_architecture_has_cases():

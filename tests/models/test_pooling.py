@@ -1,5 +1,6 @@
 """What config.json and sentence-transformers' files say of pooling, and which names are served."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,8 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.pooling import PoolingConfig
 from jaxserve.models.registry import ARCHITECTURES, create_model, decoder_of, head_of, is_pooled
 from jaxserve.models.weights import views
-from tests.golden.cases import LLAMA, QWEN2, v4
+from tests.golden.cases import CASES as DECODERS
+from tests.golden.cases import LLAMA, v4
 from tests.golden.pooled.cases import CASES, write_modules
 
 HIDDEN = 64
@@ -143,6 +145,11 @@ def test_parameters_are_those_of_the_file_but_for_a_head_that_predicts(case):
     assert found == wanted
 
 
-def test_generating_models_keep_their_head():
-    names = {view.name for view in views(create_model(ModelConfig.from_dict(v4(QWEN2)))[1])}
-    assert "lm_head.weight" in names
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_decoder_can_score(architecture):
+    """Its own parameters, but for the head."""
+    raw = next(case.config for case in DECODERS if case.config["architectures"] == [architecture])
+    config = ModelConfig.from_dict(raw | {"tie_word_embeddings": False})
+    scored = dataclasses.replace(config, pooling=PoolingConfig(2, head="score"))
+    before, after = ({v.name for v in views(create_model(c)[1])} for c in (config, scored))
+    assert before - after == {"lm_head.weight"} and after - before == {"score.weight"}

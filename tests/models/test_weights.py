@@ -1,10 +1,12 @@
 """From a checkpoint to parameters and back: names, places, dtypes, shards, devices and refusals."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import tracemalloc
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from jaxserve.models.checkpoint import INDEX_FILE, Checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import ARCHITECTURES, create_model
 from jaxserve.models.weights import (
+    ParamReader,
     ShardProgress,
     check,
     checkpoint_tensors,
@@ -36,6 +39,10 @@ NAMES = (
     "qwen2",
     "qwen3",
     "qwen3_bias",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral_window",
+    "olmoe",
 )
 VARIANTS = {case.name: case for case in CASES if case.name in NAMES}
 
@@ -116,7 +123,7 @@ def random_params(abstract: nnx.State) -> nnx.State:
     )
 
 
-@pytest.mark.parametrize("name", ["llama_head_dim_80", "qwen2", "qwen3_bias"])
+@pytest.mark.parametrize("name", ["llama_head_dim_80", "qwen2", "qwen3_bias", "mixtral_window"])
 def test_loading_is_the_inverse_of_saving(name, tmp_path):
     config = ModelConfig.from_dict(VARIANTS[name].config)
     abstract = create_model(config, dtype=jnp.bfloat16)[1]
@@ -157,6 +164,48 @@ def test_fused_biases_land_where_they_belong(biased):
     gate, up = params[f"{layer}.mlp.gate_up_proj.bias"]
     np.testing.assert_array_equal(gate, tensors[f"{layer}.mlp.gate_proj.bias"])
     np.testing.assert_array_equal(up, tensors[f"{layer}.mlp.up_proj.bias"])
+
+
+@pytest.mark.parametrize(
+    "name,block,names",
+    [
+        ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
+        ("mixtral_window", "block_sparse_moe", ("w1", "w3", "w2")),
+    ],
+)
+def test_experts_are_stacked(tmp_path, name, block, names):
+    folder = write(VARIANTS[name], tmp_path)
+    params, tensors = load(folder, VARIANTS[name].dtype), tensors_in(folder)
+    block = f"model.layers.1.{block}"
+    gate_up = params[f"{block}.experts.gate_up_proj.weight"]
+    down = params[f"{block}.experts.down_proj.weight"]
+    assert gate_up.shape[:2] == (8, 2) and len(down) == 8
+    for expert in range(8):
+        gate, up, expected = (tensors[f"{block}.experts.{expert}.{n}.weight"] for n in names)
+        np.testing.assert_array_equal(gate_up[expert], np.stack([gate, up]))
+        np.testing.assert_array_equal(down[expert], expected)
+    np.testing.assert_array_equal(params[f"{block}.gate.weight"], tensors[f"{block}.gate.weight"])
+
+
+def test_experts_are_read_straight_into_their_places(tmp_path):
+    """What is allocated beside the stacked array stays far below one more of it."""
+    config = VARIANTS["qwen3_moe"].config | {"hidden_size": 256, "moe_intermediate_size": 512}
+    case = dataclasses.replace(VARIANTS["qwen3_moe"], config=config)
+    write(case, tmp_path)
+    abstract, checkpoint = abstract_params(tmp_path, case.dtype), Checkpoint(tmp_path)
+    reader = ParamReader(checkpoint, abstract)
+    sizes = {}
+    for number, (path, leaf) in enumerate(by_path(abstract)):
+        if "experts" in path:
+            tracemalloc.start()
+            stacked = reader.read(number, tuple(slice(size) for size in leaf.shape))
+            sizes[path] = stacked.nbytes, tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+    checkpoint.close()
+    assert len(sizes) == 2
+    for nbytes, peak in sizes.values():
+        print(f"{nbytes} bytes stacked, at most {peak} allocated")
+        assert nbytes > 2e6 and nbytes <= peak < 1.05 * nbytes
 
 
 def test_parameter_that_is_not_fused_keeps_its_name_and_shape(biased):
@@ -377,10 +426,10 @@ devices = np.array(jax.devices())
 two = Mesh(devices[:2].reshape(1, 2), ("data", "model"))
 four = Mesh(devices.reshape(2, 2), ("data", "model"))
 
-
 def shard(leaf, mesh):
     axes = leaf.get_metadata()["axes"]
-    spec = ["model" if axis in ("kv_heads", "heads", "mlp", "vocab") else None for axis in axes]
+    cut = ["expert"] if "expert" in axes else ["kv_heads", "heads", "mlp", "vocab"]
+    spec = ["model" if axis in cut else None for axis in axes]
     return leaf.replace(NamedSharding(mesh, PartitionSpec(*spec)))
 
 
@@ -407,7 +456,8 @@ for folder, mesh in itertools.product(map(pathlib.Path, sys.argv[1:]), (two, fou
 
 def test_loading_onto_several_devices_equals_loading_onto_one(tmp_path):
     """Cut over two of them, and over two pairs that hold the same."""
-    folders = [write(VARIANTS[name], tmp_path / name) for name in ("llama_biases", "llama3")]
+    names = ("llama_biases", "llama3", "mixtral_window")
+    folders = [write(VARIANTS[name], tmp_path / name) for name in names]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     done = subprocess.run(
         [sys.executable, "-c", ON_SEVERAL_DEVICES, *folders],
