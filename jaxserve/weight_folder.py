@@ -100,7 +100,8 @@ class WeightFolder:
         found = ModelConfig.from_pretrained(
             self.path, served.context_length, served.overrides, read_text=self._root.read_text
         )
-        ignored = {"dtype"} | ({"eos_token_ids"} if keep_tokenizer else set())
+        # Pooling is what the start says; of a folder only the shapes of its tensors count.
+        ignored = {"dtype", "pooling"} | ({"eos_token_ids"} if keep_tokenizer else set())
         names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ignored]
         return [
             f"config.json: {name} is {theirs!r}, serving {ours!r}"
