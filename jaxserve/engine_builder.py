@@ -124,7 +124,6 @@ def _build(
         state_bytes=_state_shape(config, files, sizes, buckets, num_pages=2).num_bytes,
     )
     logger.info("%s", memory)
-    _log_kv_cache(memory)
     shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
 
     def load() -> nnx.State:
@@ -148,6 +147,7 @@ def _build(
         pooling=files.config.pooling,
         deterministic=config.deterministic,
     )
+    _log_kv_cache(memory)
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
         allocator,
