@@ -1,9 +1,10 @@
-"""The answers to one call of generate, as its generations bring them."""
+"""The answers to one call, as its generations bring them."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+from jaxserve.encode_request import EncodeRequest
 from jaxserve.generate_request import GenerateRequest
 from jaxserve.generation import Generation, Progress
 
@@ -13,7 +14,7 @@ class Answers:
 
     def __init__(
         self,
-        parsed: GenerateRequest,
+        parsed: GenerateRequest | EncodeRequest,
         generations: list[Generation],
         stream_interval: int,
     ):
@@ -24,6 +25,10 @@ class Answers:
         ]
         self._num_sent = [0] * len(generations)
         self._open = set(range(len(generations)))
+
+    @property
+    def is_stream(self) -> bool:
+        return self._parsed.stream
 
     @property
     def is_over(self) -> bool:

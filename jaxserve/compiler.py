@@ -13,6 +13,7 @@ from flax import nnx
 from jaxserve import programs
 from jaxserve.buckets import Buckets
 from jaxserve.models import batch_invariant
+from jaxserve.models.pooling import PoolingConfig
 from jaxserve.state import State, StateShape
 from jaxserve.step_plan import NUM_EXTRAS, PATCH_HEADER, SAMPLERS
 
@@ -29,6 +30,7 @@ def compile_programs(
     buckets: Buckets,
     on_compiled: Callable[[int, int], None] = lambda done, total: None,
     *,
+    pooling: PoolingConfig | None = None,
     deterministic: bool = False,
 ) -> Programs:
     """Compiles every bucket, in parallel. No weights are needed for it, and no state.
@@ -36,6 +38,7 @@ def compile_programs(
     Args:
       graphdef, abstract: from `create_model`; the weights will be on the first device.
       on_compiled: called with (done, total) after each program; may raise to end it.
+      pooling: of a model that answers with vectors: no program decodes or samples then.
       deterministic: what a request gets depends on it alone, to the bit (`BatchInvariant`).
     """
     leaves, treedef = jax.tree.flatten(abstract)
@@ -49,6 +52,10 @@ def compile_programs(
         merge, attention = batch_invariant.wrap(merge), batch_invariant.ATTENTION
         compiler_options = batch_invariant.COMPILER_OPTIONS
     jobs = _jobs(merge, attention, weights, state, buckets, PATCH_HEADER + shape.pages_per_row)
+    if pooling is None:
+        jobs |= _sampling_jobs(merge, attention, weights, state, buckets)
+    else:
+        jobs |= _pooling_jobs(merge, pooling, weights, state, buckets)
     return _compile_all(jobs, compiler_options, on_compiled)
 
 
@@ -65,45 +72,67 @@ def _merge(graphdef, treedef, weights: tuple[jax.Array, ...]):
 def _jobs(
     merge, attention: str | None, weights, state: State, buckets: Buckets, patch_width: int
 ) -> dict[tuple, tuple]:
-    """Every program by its key: (function, arguments, donated argument)."""
-
-    def upload(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
+    """What every engine runs, by its key: (function, arguments, donated argument)."""
     partial = functools.partial
-    model = merge, attention
+    jobs: dict[tuple, tuple] = {("peek", "out"): (programs.peek, (state.out,), ())}
+    for lines in buckets.patch_lines:
+        size = lines * patch_width + len(state.batch)
+        jobs["patch", lines] = (partial(programs.patch, lines), (state, _upload(size)), (0,))
+    for count in buckets.copies:
+        jobs["copy_pages", count] = (programs.copy_pages, (state, _upload(count, 3)), (0,))
+    for tokens, rows in buckets.extend_shapes():
+        function = partial(programs.extend, merge, attention, tokens, rows)
+        arguments = (weights, state, _upload(3 * rows + tokens))
+        jobs["extend", tokens, rows, True] = (function, arguments, (1,))
+    return jobs
+
+
+def _sampling_jobs(
+    merge, attention: str | None, weights, state: State, buckets: Buckets
+) -> dict[tuple, tuple]:
+    """What an engine that predicts tokens runs beside that."""
+    partial = functools.partial
     jobs: dict[tuple, tuple] = {
-        ("peek", "out"): (programs.peek, (state.out,), ()),
         ("peek", "tops"): (programs.peek, (state.tops,), ()),
         ("set_extras",): (
             programs.set_extras,
-            (state, upload(EXTRAS_LINES, 1 + NUM_EXTRAS)),
+            (state, _upload(EXTRAS_LINES, 1 + NUM_EXTRAS)),
             (0,),
         ),
-        ("set_counts",): (programs.set_counts, (state, upload(1 + state.counts.shape[1])), (0,)),
+        ("set_counts",): (programs.set_counts, (state, _upload(1 + state.counts.shape[1])), (0,)),
     }
     for wants_tops in (False, True):
         function = partial(programs.score, merge, wants_tops)
-        arguments = (weights, state, upload(buckets.scores, 3))
+        arguments = (weights, state, _upload(buckets.scores, 3))
         jobs["score", wants_tops, True] = (function, arguments, ())
-    for lines in buckets.patch_lines:
-        size = lines * patch_width + len(state.batch)
-        jobs["patch", lines] = (partial(programs.patch, lines), (state, upload(size)), (0,))
-    for count in buckets.copies:
-        jobs["copy_pages", count] = (programs.copy_pages, (state, upload(count, 3)), (0,))
-    for tokens, rows in buckets.extend_shapes():
-        function = partial(programs.extend, *model, tokens, rows)
-        arguments = (weights, state, upload(3 * rows + tokens))
-        jobs["extend", tokens, rows, True] = (function, arguments, (1,))
     for sampler in SAMPLERS:
         for rows in buckets.extend_rows:
             function = partial(programs.sample, merge, sampler, rows)
             jobs["sample", sampler, rows, True] = (function, (weights, state), (1,))
         for rows in buckets.decode_rows:
             for steps in buckets.decode_steps:
-                function = partial(programs.decode, *model, sampler, rows, steps)
+                function = partial(programs.decode, merge, attention, sampler, rows, steps)
                 jobs["decode", sampler, rows, steps, True] = (function, (weights, state), (1,))
     return jobs
+
+
+def _pooling_jobs(
+    merge, pooling: PoolingConfig, weights, state: State, buckets: Buckets
+) -> dict[tuple, tuple]:
+    """What one that answers with vectors runs instead."""
+    jobs: dict[tuple, tuple] = {("peek", "pooled"): (programs.peek, (state.pooled,), ())}
+    for rows in buckets.extend_rows:
+        function = functools.partial(programs.pool, merge, pooling, rows)
+        jobs["pool", rows, True] = (function, (weights, state), (1,))
+    for tokens, rows in buckets.extend_shapes() if pooling.needs_all_tokens else ():
+        function = functools.partial(programs.accumulate, pooling.mode, tokens, rows)
+        upload = _upload(3 * rows + tokens)
+        jobs["accumulate", tokens, rows] = (function, (state, upload), (0,))
+    return jobs
+
+
+def _upload(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def _working_bytes(program: jax.stages.Compiled) -> int:

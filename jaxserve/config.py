@@ -57,6 +57,12 @@ class EngineConfig:
     context_length: int | None = option(
         None, group=MODEL, help="most tokens of a request, prompt and output (default: the model's)"
     )
+    is_embedding: bool = option(
+        False,
+        group=MODEL,
+        help="answer with vectors (/encode) in place of tokens; a model that can do nothing else "
+        "needs no flag",
+    )
     served_model_name: str | None = option(
         None, group=MODEL, help="the id in /v1/models (default: --model-path)"
     )

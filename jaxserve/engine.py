@@ -99,12 +99,7 @@ class Engine:
         **fields: Any,
     ) -> dict[str, Any] | list[dict[str, Any]] | AsyncIterator[dict[str, Any]]:
         """As `generate`, awaited; with `stream`, the awaited result is an asynchronous iterator."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-        def on_update() -> None:
-            with contextlib.suppress(RuntimeError):  # the caller's loop is closed
-                loop.call_soon_threadsafe(changed.set)
-
+        changed, on_update = _event_of_loop()
         body = _body(prompt, sampling_params, input_ids, rid, stream, fields)
         answers = self._submit(body, on_update)
         stream_of_answers = self._follow_async(answers, changed)
@@ -112,6 +107,45 @@ class Engine:
         if stream:
             return stream_of_answers
         return answers.in_order([answer async for answer in stream_of_answers])
+
+    def encode(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        input_ids: list[int] | list[list[int]] | None = None,
+        dimensions: int | None = None,
+        **fields: Any,
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """The vector of one text or several, in the shape of the HTTP API's /encode; blocks until
+        all are there. For a model that answers with vectors (`is_embedding=True`).
+
+        Args:
+          dimensions: that vectors are cut to, where the model allows it.
+          fields: any other of /encode (`rid`, `priority`, ...).
+
+        Raises:
+          RequestError: the request cannot be served; the message names the field.
+          EngineDied: the engine's thread has failed.
+        """
+        changed = threading.Event()
+        body = {**fields, "text": prompt, "input_ids": input_ids, "dimensions": dimensions}
+        answers = self._frontend.submit(*self._frontend.prepare_encode(body), changed.set)
+        return answers.in_order([answer for answer in self._follow(answers, changed) if answer])
+
+    async def async_encode(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        input_ids: list[int] | list[list[int]] | None = None,
+        dimensions: int | None = None,
+        **fields: Any,
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """As `encode`, awaited."""
+        changed, on_update = _event_of_loop()
+        body = {**fields, "text": prompt, "input_ids": input_ids, "dimensions": dimensions}
+        answers = self._frontend.submit(*self._frontend.prepare_encode(body), on_update)
+        finished = [answer async for answer in self._follow_async(answers, changed) if answer]
+        return answers.in_order(finished)
 
     def flush_cache(self) -> bool:
         """Empties the prefix cache; False, and nothing done, while requests are running."""
@@ -240,6 +274,17 @@ class Engine:
                 yield answer
         finally:
             self._frontend.abandon(answers)
+
+
+def _event_of_loop() -> tuple[asyncio.Event, Callable[[], None]]:
+    """An event of the running loop, and what sets it from any thread."""
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+    def on_update() -> None:
+        with contextlib.suppress(RuntimeError):  # the caller's loop is closed
+            loop.call_soon_threadsafe(changed.set)
+
+    return changed, on_update
 
 
 def _body(prompt, sampling_params, input_ids, rid, stream, fields) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from jaxserve.memory_plan import (
     pages_per_row,
     plan_memory,
 )
-from jaxserve.messages import EngineInfo
+from jaxserve.messages import EmbeddingInfo, EngineInfo
 from jaxserve.model_loader import ModelFiles, num_bytes
 from jaxserve.models import batch_invariant
+from jaxserve.models.pooling import PoolingConfig
 from jaxserve.models.registry import create_model
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.plan_builder import PlanBuilder
@@ -126,7 +127,6 @@ def _build(
         state_bytes=_state_shape(config, files, sizes, buckets, num_pages=2).num_bytes,
     )
     logger.info("%s", memory)
-    _log_kv_cache(memory)
     shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
 
     def load() -> nnx.State:
@@ -147,12 +147,14 @@ def _build(
         buckets,
         stopwatch,
         check_programs=lambda num_bytes: None if is_cpu else memory.check_programs(num_bytes),
+        pooling=files.config.pooling,
         deterministic=config.deterministic,
     )
+    _log_kv_cache(memory)
     allocator = PageAllocator(memory.num_pages)
     scheduler = Scheduler(
         allocator,
-        None if config.disable_radix_cache else RadixCache(config.page_size, allocator),
+        RadixCache(config.page_size, allocator) if _may_cache(config, files) else None,
         page_size=config.page_size,
         max_rows=sizes.max_rows,
         max_prefill_tokens=sizes.max_prefill_tokens,
@@ -188,6 +190,7 @@ def _build(
         kv_cache_bytes=memory.kv_cache_bytes,
         startup_seconds=stopwatch.total,
         startup_phases=stopwatch.seconds,
+        embedding=_embedding_info(files.config.pooling),
     )
     plan_builder = PlanBuilder(buckets, max_rows=sizes.max_rows, pages_per_row=shape.pages_per_row)
     recorder = None
@@ -219,6 +222,7 @@ def build_runner(
     check_programs: Callable[[int], None] = lambda num_bytes: None,
     *,
     deterministic: bool = False,
+    pooling: PoolingConfig | None = None,
 ) -> Runner:
     """Compiles every bucket while the weights are loaded: neither needs the other.
 
@@ -246,7 +250,12 @@ def build_runner(
         try:
             with stopwatch.part("compile"):
                 compiled = compile_programs(
-                    *model, shape, buckets, on_compiled, deterministic=deterministic
+                    *model,
+                    shape,
+                    buckets,
+                    on_compiled,
+                    deterministic=deterministic,
+                    pooling=pooling,
                 )
             num_bytes = working_bytes(compiled)
             logger.info(
@@ -288,7 +297,24 @@ def _state_shape(
         hidden_size=model.hidden_size,
         vocab_size=model.vocab_size,
         dtype=jnp.dtype(model.dtype),
+        pooled_size=model.pooling.size if model.pooling else 0,
     )
+
+
+def _may_cache(config: EngineConfig, files: ModelFiles) -> bool:
+    """Whether requests may use what others have computed."""
+    pooling = files.config.pooling
+    if pooling is None or not pooling.needs_all_tokens:
+        return not config.disable_radix_cache
+    logger.info("No prefix cache: pooling by %s needs every token of a text.", pooling.mode)
+    return False
+
+
+def _embedding_info(pooling: PoolingConfig | None) -> EmbeddingInfo | None:
+    if pooling is None:
+        return None
+    allowed = pooling.dimensions
+    return EmbeddingInfo(pooling.size, None if allowed is None else list(allowed))
 
 
 def _weight_loader(

@@ -11,6 +11,8 @@ from typing import Any
 
 from jaxserve.answers import Answers
 from jaxserve.config import EngineConfig
+from jaxserve.embedding import Embedding
+from jaxserve.encode_request import NO_EMBEDDINGS, ONLY_EMBEDDINGS, EncodeRequest
 from jaxserve.errors import EngineDied, RequestError
 from jaxserve.generate_request import GenerateRequest, make_request, samples_of
 from jaxserve.generation import Generation
@@ -74,25 +76,39 @@ class Frontend:
         """Checks a body of /generate and tokenizes its prompts; touches no shared state.
 
         Raises:
-          RequestError: names the field.
+          RequestError: names the field; or the model predicts no tokens.
         """
+        if self.info.embedding is not None:
+            raise RequestError(ONLY_EMBEDDINGS)
         parsed = GenerateRequest.parse(body, self._preferred)
         requests = []
         for item in parsed.items:
-            request = make_request(
-                item,
-                self.tokenizer,
-                self.info,
-                allow_auto_truncate=self.config.allow_auto_truncate,
-                use_priority=self.config.enable_priority_scheduling,
-                default_seed=self.config.random_seed,
-            )
+            request = make_request(item, self.tokenizer, self.info, **self._request_options)
             requests += samples_of(request, parsed.num_samples)
         return parsed, requests
 
+    def prepare_encode(self, body: Any) -> tuple[EncodeRequest, list[Request]]:
+        """As `prepare`, a body of /encode."""
+        if self.info.embedding is None:
+            raise RequestError(NO_EMBEDDINGS)
+        parsed = EncodeRequest.parse(body)
+        return parsed, parsed.requests(self.tokenizer, self.info, **self._request_options)
+
+    def prepare_own(self, body: Any) -> tuple[GenerateRequest | EncodeRequest, list[Request]]:
+        """A body that /generate and /encode both take, for whichever of them the model answers."""
+        return (self.prepare if self.info.embedding is None else self.prepare_encode)(body)
+
+    @property
+    def _request_options(self) -> dict[str, Any]:
+        return {
+            "allow_auto_truncate": self.config.allow_auto_truncate,
+            "use_priority": self.config.enable_priority_scheduling,
+            "default_seed": self.config.random_seed,
+        }
+
     def submit(
         self,
-        parsed: GenerateRequest,
+        parsed: GenerateRequest | EncodeRequest,
         requests: list[Request],
         on_update: Callable[[], None] = lambda: None,
     ) -> Answers:
@@ -102,7 +118,7 @@ class Frontend:
           RequestError: an id is that of a live request, or nothing can be generated now.
           EngineDied: nothing can be sent any more.
         """
-        generations = [Generation(request, self.tokenizer, on_update) for request in requests]
+        generations = [self._mailbox(parsed, request, on_update) for request in requests]
         with self._lock:
             if self._died:
                 raise self._died
@@ -115,6 +131,16 @@ class Frontend:
             for request in requests:
                 self._send(AddRequest(request))
         return Answers(parsed, generations, self.config.stream_interval)
+
+    def _mailbox(
+        self,
+        parsed: GenerateRequest | EncodeRequest,
+        request: Request,
+        on_update: Callable[[], None],
+    ) -> Generation:
+        if isinstance(parsed, EncodeRequest):
+            return Embedding(request, parsed.dimensions, on_update)
+        return Generation(request, self.tokenizer, on_update)
 
     def abandon(self, answers: Answers) -> None:
         """Aborts what still runs of a call that nobody waits for any more."""

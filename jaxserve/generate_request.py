@@ -116,6 +116,23 @@ class GenerateRequest:
         )
 
 
+def body_items(body: Mapping[str, Any], *, most_items: int) -> tuple[list[Item], bool]:
+    """The prompts of a body without sampling parameters that matter, and whether they are a batch.
+
+    Raises:
+      RequestError: names the field.
+    """
+    texts, ids, is_batch = _prompts(body)
+    count = len(texts)
+    if count > most_items:
+        name = "input_ids" if body.get("text") is None else "text"
+        raise RequestError(f"at most {most_items} prompts in a request, got {count}", param=name)
+    rids = _rids(body.get("rid"), count, is_batch)
+    shared = {"priority": _priority(body), "namespace": _namespace(body)}
+    prompts = zip(rids, texts, ids, strict=True)
+    return [Item(*prompt, SamplingParams(), **shared) for prompt in prompts], is_batch
+
+
 def make_request(
     item: Item,
     tokenizer: Tokenizer | None,

@@ -27,6 +27,13 @@ class Call(msgspec.Struct, frozen=True, tag="call"):
 ToEngine = AddRequest | AbortRequest | Call
 
 
+class EmbeddingInfo(msgspec.Struct, frozen=True):
+    """Of an engine that answers with vectors."""
+
+    size: int
+    dimensions: list[int] | None  # that a vector may be cut to; empty: any; None: only its own
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """What the other side must know of the engine to check requests and to describe it."""
 
@@ -48,6 +55,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_cache_bytes: int
     startup_seconds: float
     startup_phases: dict[str, float]  # seconds; they may overlap
+    embedding: EmbeddingInfo | None = None  # of one that predicts tokens
 
     @property
     def max_req_len(self) -> int:

@@ -1,6 +1,7 @@
 """From a model's name to parameters on the device, with the log lines of a start."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,7 +20,8 @@ from jaxserve.config import EngineConfig
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.fuse import Fuser
 from jaxserve.models.load_format import open_checkpoint
-from jaxserve.models.registry import random_params
+from jaxserve.models.pooling import PoolingConfig
+from jaxserve.models.registry import head_of, is_pooled, random_params
 from jaxserve.models.weights import ShardProgress, load_params
 
 logger = logging.getLogger(__name__)
@@ -59,8 +61,13 @@ class ModelFiles:
         if config.dtype != "auto":
             model = dataclasses.replace(model, dtype=config.dtype)
         with open(f"{folder}/config.json") as file:
-            model_type = json.load(file).get("model_type", "")
-        return cls(folder, model, model_type, overrides)
+            raw = json.load(file) | overrides
+        if config.is_embedding or is_pooled(model.architecture):
+            pooling = _find_pooling(folder, raw, model, config.load_format)
+            if config.deterministic and pooling.mode == "mean":
+                raise ValueError("--deterministic: a mean depends on the chunks of a text")
+            model = dataclasses.replace(model, pooling=pooling)
+        return cls(folder, model, raw.get("model_type", ""), overrides)
 
     def load(self, abstract: nnx.State, load_format: str, seed: int) -> nnx.State:
         """Reads the checkpoint, or draws random weights where `load_format` is "dummy".
@@ -134,6 +141,20 @@ class ModelFiles:
         finally:
             bar.close()
             checkpoint.close()
+
+
+def _find_pooling(
+    folder: str, raw: dict[str, Any], model: ModelConfig, load_format: str
+) -> PoolingConfig:
+    head = head_of(model.architecture)
+    is_bare = head is None and is_pooled(model.architecture)
+    # `AutoModel` writes bare names whatever the architecture is called: the file decides.
+    if head is None and load_format != "dummy":
+        with contextlib.suppress(FileNotFoundError):  # the caller has the weights
+            checkpoint = open_checkpoint(folder, load_format)
+            is_bare = "embed_tokens.weight" in checkpoint
+            checkpoint.close()
+    return PoolingConfig.of(folder, raw, hidden_size=model.hidden_size, head=head, is_bare=is_bare)
 
 
 def needed_parts(config: EngineConfig) -> set[hub.Part]:

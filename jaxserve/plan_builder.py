@@ -37,7 +37,7 @@ class PlanBuilder:
     def build(self, schedule: Schedule) -> StepPlan:
         rows = [chunk.live.row for chunk in schedule.chunks]
         samplers = {chunk.live.sampler for chunk in schedule.chunks}
-        sampler: Sampler = next(name for name in reversed(SAMPLERS) if name in samplers)
+        sampler: Sampler = next((name for name in reversed(SAMPLERS) if name in samplers), "pool")
         if schedule.is_decode:
             num_rows = smallest(self._buckets.decode_rows, len(rows))
             is_new_batch, self._batch = rows != self._batch, rows

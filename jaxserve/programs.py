@@ -5,16 +5,19 @@ where they are. Model-independent but for the `CausalLM` protocol.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Num
 
 from jaxserve import sampling as sampling_ops
 from jaxserve.models.batch_invariant import rowwise
-from jaxserve.models.interface import CausalLM
+from jaxserve.models.heads import vectors_of
+from jaxserve.models.interface import CausalLM, Embedder
 from jaxserve.models.paged_attention import PagedAttention
+from jaxserve.models.pooling import PoolingConfig, PoolingMode
 from jaxserve.state import State
 from jaxserve.step_plan import (
     KEEP,
@@ -30,7 +33,7 @@ from jaxserve.step_plan import (
 from pallas_kernels.attention import RaggedBatch
 
 Weights = tuple[jax.Array, ...]
-Merge = Callable[[Weights], CausalLM]  # flat weights to a model
+Merge = Callable[[Weights], CausalLM | Embedder]  # flat weights to a model
 
 
 def patch(num_lines: int, state: State, upload: Int32[Array, " packed"]) -> State:
@@ -148,6 +151,69 @@ def sample(merge: Merge, sampler: Sampler, num_rows: int, weights: Weights, stat
     return _sample_rows(merge(weights), sampler, state, rows, hidden, jnp.int32(0))
 
 
+def accumulate(
+    mode: PoolingMode,
+    num_tokens: int,
+    num_rows: int,
+    state: State,
+    upload: Int32[Array, " packed"],
+) -> State:
+    """Takes an extend step's tokens (`StepPlan.forward`) into what their rows are pooled from: the
+    first token's hidden state, or the sum or the maximum of all until now."""
+    rows, lengths = jnp.split(upload[: 2 * num_rows], 2)
+    ends = jnp.cumsum(lengths)
+    starts, token = ends - lengths, jnp.arange(num_tokens, dtype=jnp.int32)
+    hidden = state.hidden[:num_tokens].astype(jnp.float32)
+    is_first = (state.seq_len[rows] == lengths)[:, None]
+    old, is_own = state.pooled[rows], (token >= starts[:, None]) & (token < ends[:, None])
+    if mode == "cls":
+        new = jnp.where(is_first, hidden[starts], old)
+    elif mode == "max":
+        # The first row that ends after it; padding has none.
+        owner = (ends <= token[:, None]).sum(axis=1, dtype=jnp.int32)
+        highest = jax.ops.segment_max(hidden, owner, num_rows)
+        new = jnp.maximum(jnp.where(is_first, -jnp.inf, old), highest)
+    else:
+        # As a product, whose order of summation is fixed; one row's NaN must not reach another.
+        is_finite = jnp.isfinite(hidden).all(axis=1)
+        total = jnp.einsum(
+            "rt,td->rd",
+            is_own.astype(jnp.float32),
+            jnp.where(is_finite[:, None], hidden, 0),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        is_sound = ~(is_own & ~is_finite).any(axis=1)
+        new = jnp.where(is_first, 0, old) + jnp.where(is_sound[:, None], total, jnp.nan)
+    return dataclasses.replace(state, pooled=state.pooled.at[rows].set(new))
+
+
+def pool(
+    merge: Merge, pooling: PoolingConfig, num_rows: int, weights: Weights, state: State
+) -> State:
+    """Gives each of an extend step's sampling rows its vector, and no token.
+
+    In the place of a token stands the sum of the vector's bits: a replay compares that.
+    """
+    rows = state.sampling_rows[:num_rows]
+    if pooling.needs_all_tokens:
+        count = state.seq_len[rows, None] if pooling.mode == "mean" else 1
+        hidden = state.pooled[rows] / jnp.maximum(count, 1)
+    else:
+        hidden = state.hidden[state.sampling_tokens[:num_rows]]
+    model = merge(weights)
+    vectors = rowwise(model, functools.partial(vectors_of, model, pooling), hidden)
+    finish = jnp.where(jnp.isfinite(vectors).all(axis=-1), OUT_OF_LENGTH, NOT_FINITE)
+    finish = jnp.where(rows == len(state.batch), STOPPED, finish).astype(jnp.int32)
+    bits = jax.lax.bitcast_convert_type(vectors, jnp.int32).sum(axis=-1, dtype=jnp.int32)
+    drawn = jnp.stack([bits, finish, jnp.zeros_like(bits)], axis=-1)
+    return dataclasses.replace(
+        state,
+        finish=state.finish.at[rows].set(finish),
+        pooled=state.pooled.at[rows].set(vectors),
+        out=state.out.at[0, rows].set(drawn),
+    )
+
+
 def score(
     merge: Merge,
     wants_tops: bool,
@@ -213,7 +279,7 @@ def decode(
     return jax.lax.fori_loop(0, num_steps, one, state)
 
 
-def peek(leaf: Int32[Array, "K rows C"]) -> Int32[Array, "K rows C"]:
+def peek(leaf: Num[Array, "*sizes"]) -> Num[Array, "*sizes"]:
     """A fresh copy: a donated array cannot be read once the next program has taken it."""
     return leaf + 0
 
@@ -225,7 +291,7 @@ def _overwrite(old: Int32[Array, " R"], new: Int32[Array, " R"]) -> Int32[Array,
 
 
 def _run_model(
-    model: CausalLM,
+    model: Embedder,
     attention: str | None,
     state: State,
     tokens,
@@ -240,7 +306,7 @@ def _run_model(
     page_size = state.kv.page_size
     slots = state.page_table[owner, positions // page_size] * page_size + positions % page_size
     slots = jnp.where(is_live, slots, 0)
-    attend = PagedAttention.of(state.kv, slots, batch, is_live, implementation=attention)
+    attend = PagedAttention.of(state.kv, slots, batch, implementation=attention)
     hidden, attend = model(tokens, positions, attend)
     return dataclasses.replace(state, kv=attend.cache), hidden
 

@@ -133,6 +133,7 @@ def load_runner(log: PlanLog, config: EngineConfig):
         header.buckets,
         Stopwatch(time.perf_counter),
         deterministic=config.deterministic,
+        pooling=files.config.pooling,
     )
 
 

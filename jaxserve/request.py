@@ -33,6 +33,7 @@ class Request(msgspec.Struct, frozen=True):
     priority: int = 0  # higher goes first
     namespace: str = ""  # requests of different ones share nothing that is cached
     logprobs: LogprobParams | None = None  # none are asked for
+    is_pooled: bool = False  # answered with a vector, and no token
 
 
 class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -81,3 +82,4 @@ class RequestUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     num_retractions: int = 0
     logprobs: Logprobs | None = None  # of `token_ids`
     prompt_logprobs: Logprobs | None = None  # of the prompt's next tokens
+    embedding: bytes = b""  # f32, of a pooled request that has ended well

@@ -22,6 +22,7 @@ class Dispatched:
     tops: jax.Array | None
     scores: list[jax.Array]
     num_scores: int
+    pooled: jax.Array | None = None
 
 
 class Runner:
@@ -101,18 +102,24 @@ class Runner:
             self._run("copy_pages", len(upload), upload=upload)
         if plan.kind == "extend":
             self._run("extend", plan.num_tokens, plan.num_rows, True, upload=ints(plan.forward))
-            self._run("sample", plan.sampler, plan.num_rows, True)
+            if ("accumulate", plan.num_tokens, plan.num_rows) in self._programs:
+                sizes = plan.num_tokens, plan.num_rows
+                self._run("accumulate", *sizes, upload=ints(plan.forward))
+            kind = ("pool",) if plan.sampler == "pool" else ("sample", plan.sampler)
+            self._run(*kind, plan.num_rows, True)
         else:
             self._run("decode", plan.sampler, plan.num_rows, plan.num_steps, True)
         scores = self._score(plan)
-        tops = None
+        tops = pooled = None
         if plan.wants_tops:
             tops = self._programs["peek", "tops"](self._state.tops)
+        if plan.sampler == "pool":
+            pooled = self._programs["peek", "pooled"](self._state.pooled)
         out = self._programs["peek", "out"](self._state.out)
-        for fresh in (out, tops, *scores):
+        for fresh in (out, tops, pooled, *scores):
             if fresh is not None:
                 fresh.copy_to_host_async()
-        return Dispatched(plan.num_steps, out, tops, scores, len(plan.scores) // 12)
+        return Dispatched(plan.num_steps, out, tops, scores, len(plan.scores) // 12, pooled)
 
     def read(self, fresh: Dispatched) -> StepResult:
         """Waits for the step."""
@@ -121,6 +128,7 @@ class Runner:
             drawn=np.asarray(fresh.out)[: fresh.num_steps].tolist(),
             tops=None if fresh.tops is None else np.asarray(fresh.tops),
             scores=np.concatenate(scores)[: fresh.num_scores] if scores else None,
+            pooled=None if fresh.pooled is None else np.asarray(fresh.pooled),
         )
 
     def _change_rows(self, plan: StepPlan) -> None:
@@ -140,6 +148,8 @@ class Runner:
             self._run("set_counts", upload=np.concatenate([[row], upload]).astype(np.int32))
 
     def _score(self, plan: StepPlan) -> list[jax.Array]:
+        if not plan.scores:
+            return []
         program = self._programs["score", plan.wants_tops, True]
         padding = np.array([[0, 0, self._shape.max_rows]], np.int32)
         lines = ints(plan.scores).reshape(-1, 3)

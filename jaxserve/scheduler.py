@@ -10,6 +10,8 @@ import itertools
 import logging
 from typing import Literal
 
+import msgspec
+
 from jaxserve.admission import OutputEstimate
 from jaxserve.errors import QueueFull
 from jaxserve.live_request import Chunk, LiveRequest, PageCopy, Schedule
@@ -389,9 +391,12 @@ class Scheduler:
         logprobs = None
         if request.logprobs is not None:
             logprobs = result.drawn_logprobs(row, len(taken), request.logprobs)
-        if reason is not None:
-            return self._end(live, taken, reason, logprobs, scored, keep=is_sound)
-        return self._news(live, taken, None, logprobs, scored)
+        if reason is None:
+            return self._news(live, taken, None, logprobs, scored)
+        update = self._end(live, taken, reason, logprobs, scored, keep=is_sound)
+        if not request.is_pooled or not is_sound:
+            return update
+        return msgspec.structs.replace(update, embedding=result.embedding(row))
 
     def _end(
         self,

@@ -48,6 +48,7 @@ class State:
     hidden: Float[Array, "T D"]  # of an extend step's tokens, from forward to sample
     out: Int32[Array, "K R+1 C"]  # what the host reads of a step
     tops: Int32[Array, "K R+1 W"]  # and, where anybody asks for it, this
+    pooled: Float[Array, "R+1 P"] | None = None  # each row's vector, in an engine that makes them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class StateShape:
     hidden_size: int
     vocab_size: int
     dtype: jnp.dtype
+    pooled_size: int = 0  # numbers of a row's vector; 0: tokens are predicted
 
     @property
     def num_bytes(self) -> int:
@@ -96,11 +98,12 @@ class StateShape:
             stop_ids=jnp.full((rows, NUM_STOP_IDS), -1, jnp.int32),
             sampling=zeros(rows, NUM_SAMPLING),
             extras=jnp.full((rows, NUM_EXTRAS), NO_TOKEN, jnp.int32),
-            counts=zeros(rows, self.vocab_size),
+            counts=zeros(rows, 1 if self.pooled_size else self.vocab_size),
             batch=jnp.full(self.max_rows, trash, jnp.int32),
             sampling_rows=jnp.full(self.max_rows, trash, jnp.int32),
             sampling_tokens=zeros(self.max_rows),
             hidden=jnp.zeros((self.max_tokens, self.hidden_size), self.dtype),
             out=zeros(self.max_steps, rows, OUT_COLUMNS),
             tops=zeros(self.max_steps, rows, NUM_TOPS),
+            pooled=jnp.zeros((rows, self.pooled_size), jnp.float32) if self.pooled_size else None,
         )

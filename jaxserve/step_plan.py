@@ -40,8 +40,9 @@ NUM_TOPS = sum(TOPS_PARTS)
 RUNNING, STOPPED, OUT_OF_LENGTH, NOT_FINITE = 0, 1, 2, 3
 
 # What the sampler of a step can do: only the best token; temperatures, and the logprobs of drawn
-# tokens; everything. A row draws the same token from each that can serve it.
-Sampler = Literal["greedy", "plain", "full"]
+# tokens; everything. A row draws the same token from each that can serve it. "pool" draws none: it
+# makes vectors, and an engine has either this one or the others.
+Sampler = Literal["greedy", "plain", "full", "pool"]
 SAMPLERS: tuple[Sampler, ...] = ("greedy", "plain", "full")
 
 
@@ -116,6 +117,8 @@ def pack_extras(row: int, request: Request, banned: Sequence[int]) -> np.ndarray
 
 def sampler_of(request: Request) -> Sampler:
     """The least that can serve the request."""
+    if request.is_pooled:
+        return "pool"
     sampling, logprobs = request.sampling, request.logprobs
     wants_tops = logprobs is not None and logprobs.wants_tops
     if wants_tops or has_extras(request) or sampling.counts_tokens:

@@ -17,12 +17,17 @@ class StepResult:
     drawn: Sequence[Draws]  # by decode step of the dispatch
     tops: np.ndarray | None = None  # i32[K, R+1, NUM_TOPS], where anybody asked for them
     scores: np.ndarray | None = None  # i32[S, 1 or 1 + NUM_TOPS], of `StepPlan.scores`
+    pooled: np.ndarray | None = None  # f32[R+1, W], the vectors of rows that have ended
 
     def drawn_logprobs(self, row: int, count: int, params: LogprobParams) -> Logprobs:
         """Of the first `count` tokens of a row."""
         bits = np.array([step[row][2] for step in self.drawn[:count]], np.int32)
         lines = self.tops[:count, row] if params.wants_tops and self.tops is not None else None
         return _unpack(bits, lines, params)
+
+    def embedding(self, row: int) -> bytes:
+        """The vector of a row, f32[W]."""
+        return self.pooled[row].tobytes()
 
     def prompt_logprobs(self, start: int, count: int, params: LogprobParams) -> Logprobs:
         """Of `count` scored tokens."""

@@ -101,7 +101,8 @@ class WeightFolder:
         found = ModelConfig.from_pretrained(
             self.path, served.context_length, served.overrides, read_text=self._root.read_text
         )
-        ignored = {"dtype"} | ({"eos_token_ids"} if keep_tokenizer else set())
+        # Pooling is what the start says; of a folder only the shapes of its tensors count.
+        ignored = {"dtype", "pooling"} | ({"eos_token_ids"} if keep_tokenizer else set())
         if found.num_layers != served.config.num_layers:
             ignored.add("windows")  # one of each layer: nothing new
         names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ignored]

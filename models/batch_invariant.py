@@ -4,9 +4,10 @@ chunks, beside others, in serving and in training."""
 from collections.abc import Callable
 from typing import Any
 
+from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from jaxserve.models.interface import CausalLM
+from jaxserve.models.interface import Embedder
 from jaxserve.models.paged_attention import PagedAttention
 from pallas_kernels.fixed_tiles import in_tiles, scan_tiles
 
@@ -17,13 +18,13 @@ COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 class BatchInvariant:
-    """Runs a `CausalLM` over tiles of tokens, one after the other.
+    """Runs a model over tiles of tokens, one after the other.
 
     Keys and values go to the paged cache, so a tile sees those of the tiles before it, and a token
     is computed as if it were decoded alone.
     """
 
-    def __init__(self, model: CausalLM):
+    def __init__(self, model: Embedder):
         self._model = model
 
     def __call__(
@@ -43,6 +44,11 @@ class BatchInvariant:
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         return in_tiles(self._model.logits, hidden)
 
+    @property
+    def score(self) -> nnx.Module:
+        """The head of a model that answers with vectors; to be called by `rowwise`."""
+        return self._model.score
+
 
 def check(platform: str, option: str) -> None:
     """Raises ValueError on a device that cannot do what `option` asks for."""
@@ -53,12 +59,12 @@ def check(platform: str, option: str) -> None:
         )
 
 
-def wrap(merge: Callable[..., CausalLM]) -> Callable[..., CausalLM]:
+def wrap(merge: Callable[..., Embedder]) -> Callable[..., Embedder]:
     """Of a function that makes a model, one that makes it invariant."""
     return lambda weights: BatchInvariant(merge(weights))
 
 
-def rowwise(model: CausalLM, function: Callable[..., Any], *rows: Any) -> Any:
+def rowwise(model: Embedder, function: Callable[..., Any], *rows: Any) -> Any:
     """`function(*rows)`, of arrays whose rows have nothing to do with each other; as invariant as
     the model is."""
     if isinstance(model, BatchInvariant):

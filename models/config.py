@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, get_args
 
 from jaxserve.models.moe_config import MoeConfig
+from jaxserve.models.pooling import PoolingConfig
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
@@ -58,6 +59,7 @@ class ModelConfig:
     moe: MoeConfig | None = None
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
+    pooling: PoolingConfig | None = None  # of a model that answers with vectors, not tokens
 
     @classmethod
     def from_pretrained(

@@ -94,10 +94,15 @@ def _logprobs_by_tiles(model: CausalLM, config: ModelConfig, tokens, temperature
         _paged_attention(config, jax.tree.leaves(model)[0].dtype, num_rows, length),
     )
     scores = invariant.logits(hidden)
-    scaled = in_tiles(lambda x, t: x / t[:, None], scores, jnp.repeat(temperature, length))
+    scaled = in_tiles(_scale, scores, jnp.repeat(temperature, length))
     logprobs = in_tiles(jax.nn.log_softmax, scaled)
     chosen = jnp.take_along_axis(logprobs, tokens[:, 1:].reshape(-1, 1), axis=-1)
     return chosen.reshape(num_rows, length)
+
+
+def _scale(scores: Float[Array, "T V"], temperature: Float[Array, " T"]) -> Float[Array, "T V"]:
+    """As the sampler: the best is 0, so that the softmax does not hang on how a quotient rounds."""
+    return (scores - scores.max(axis=-1, keepdims=True)) / temperature[:, None]
 
 
 def _paged_attention(config: ModelConfig, dtype, num_rows: int, length: int) -> PagedAttention:
@@ -120,5 +125,4 @@ def _paged_attention(config: ModelConfig, dtype, num_rows: int, length: int) -> 
         query_start_loc=length * jnp.arange(num_rows + 1, dtype=jnp.int32),
     )
     cache = empty_kv_cache(shape, num_pages, dtype)
-    is_live = jnp.ones(num_rows * length, bool)
-    return PagedAttention.of(cache, slots.reshape(-1), batch, is_live, implementation=ATTENTION)
+    return PagedAttention.of(cache, slots.reshape(-1), batch, implementation=ATTENTION)

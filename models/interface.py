@@ -40,14 +40,18 @@ class Attend(Protocol):
         ...
 
 
-class CausalLM(Protocol):
-    """A decoder that predicts the next token."""
+class Embedder(Protocol):
+    """A decoder without a head that predicts tokens."""
 
     def __call__[A: Attend](
         self, tokens: Int32[Array, " T"], positions: Int32[Array, " T"], attend: A
     ) -> tuple[Float[Array, "T D"], A]:
         """The last layer's normalised hidden states of packed tokens."""
         ...
+
+
+class CausalLM(Embedder, Protocol):
+    """A decoder that predicts the next token."""
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Scores of every token of the vocabulary, in float32."""

@@ -19,7 +19,6 @@ class PagedAttention:
     cache: KVCache
     slot_mapping: Int32[Array, " T"]
     plan: Plan
-    is_live: Bool[Array, " T"]
 
     @classmethod
     def of(
@@ -27,7 +26,6 @@ class PagedAttention:
         cache: KVCache,
         slot_mapping: Int32[Array, " T"],
         batch: RaggedBatch,
-        is_live: Bool[Array, " T"],
         *,
         implementation: str | None = None,
     ):
@@ -37,7 +35,7 @@ class PagedAttention:
             num_tokens=len(slot_mapping),
             implementation=implementation,
         )
-        return cls(cache, slot_mapping, plan, is_live)
+        return cls(cache, slot_mapping, plan)
 
     def __call__(self, layer, q, k, v, *, window=None):
         cache = attention.write_kv(self.cache, layer, k, v, self.slot_mapping)
@@ -47,21 +45,22 @@ class PagedAttention:
     def with_cache(self, cache: KVCache) -> "PagedAttention":
         return dataclasses.replace(self, cache=cache)
 
+    def note_experts(self, layer, expert_ids):
+        return self
+
+    @property
+    def is_live(self) -> Bool[Array, " T"]:
+        """What goes to the trash page is padding."""
+        return self.slot_mapping >= self.cache.page_size
+
     @property
     def num_live(self) -> Int32[Array, ""]:
-        """Tokens up to the last that is no padding."""
-        token = jnp.arange(len(self.is_live), dtype=jnp.int32)
+        """Tokens up to the last that is kept."""
+        token = jnp.arange(len(self.slot_mapping), dtype=jnp.int32)
         return jnp.where(self.is_live, token + 1, 0).max()
 
     def cut(self, start: Int32[Array, ""]) -> "PagedAttention":
         """That of the tile of tokens that begins at `start` (`Plan.cut`)."""
         token = start + jnp.arange(TILE, dtype=jnp.int32)
-        return PagedAttention(
-            cache=self.cache,
-            slot_mapping=self.slot_mapping.at[token].get(mode="fill", fill_value=0),
-            plan=self.plan.cut(start),
-            is_live=self.is_live.at[token].get(mode="fill", fill_value=False),
-        )
-
-    def note_experts(self, layer, expert_ids):
-        return self
+        slots = self.slot_mapping.at[token].get(mode="fill", fill_value=0)
+        return dataclasses.replace(self, slot_mapping=slots, plan=self.plan.cut(start))

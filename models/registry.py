@@ -1,5 +1,6 @@
 """Architecture name, as in config.json, to the model class; imported on demand."""
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from jaxserve.models.heads import PooledModel
+from jaxserve.models.pooling import HeadKind
 
 if TYPE_CHECKING:
     from jaxserve.models.config import ModelConfig
@@ -21,6 +25,12 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
+# What a name ends with instead of "ForCausalLM", where a decoder answers with vectors.
+POOLED_ENDINGS: dict[str, HeadKind | None] = {
+    "Model": None,
+    "ForSequenceClassification": "score",
+    "ForRewardModel": "reward",
+}
 
 
 def architecture_of(raw: Mapping[str, Any]) -> str:
@@ -31,15 +41,37 @@ def architecture_of(raw: Mapping[str, Any]) -> str:
     """
     named = raw.get("architectures") or []
     for name in named if isinstance(named, list) else []:
-        if isinstance(name, str) and name in ARCHITECTURES:
+        if isinstance(name, str) and decoder_of(name) in ARCHITECTURES:
             return name
     known = ", ".join(sorted(ARCHITECTURES))
-    raise ValueError(f"config.json: architectures {named} are not served; known: {known}")
+    raise ValueError(
+        f"config.json: architectures {named} are not served; known: {known}, and those with "
+        f"{', '.join(POOLED_ENDINGS)} in place of ForCausalLM"
+    )
+
+
+def is_pooled(architecture: str) -> bool:
+    """Whether it answers with vectors only."""
+    return architecture not in ARCHITECTURES
+
+
+def head_of(architecture: str) -> HeadKind | None:
+    endings = (ending for ending in POOLED_ENDINGS if architecture.endswith(ending))
+    return POOLED_ENDINGS[max(endings, key=len)] if is_pooled(architecture) else None
+
+
+def decoder_of(architecture: str) -> str:
+    """The architecture that predicts tokens with the same backbone."""
+    for ending in sorted(POOLED_ENDINGS, key=len, reverse=True):
+        if architecture.endswith(ending):
+            return architecture.removesuffix(ending) + "ForCausalLM"
+    return architecture
 
 
 def model_class(architecture: str) -> type[nnx.Module]:
-    module = importlib.import_module(f"jaxserve.models.{ARCHITECTURES[architecture]}")
-    return getattr(module, architecture)
+    """Of the decoder, whatever its head."""
+    name = decoder_of(architecture)
+    return getattr(importlib.import_module(f"jaxserve.models.{ARCHITECTURES[name]}"), name)
 
 
 def create_model(
@@ -56,9 +88,18 @@ def create_model(
         parameters are shapes only.
     """
     dtype = jnp.dtype(dtype or config.dtype)
-    model = model_class(config.architecture)
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: model(config, dtype)))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: _build(config, dtype)))
     return graphdef, params if key is None else random_params(params, key)
+
+
+def _build(config: "ModelConfig", dtype) -> nnx.Module:
+    make, pooling = model_class(config.architecture), config.pooling
+    if pooling is None:
+        return make(config, dtype)
+    backbone = make(dataclasses.replace(config, tie_word_embeddings=True), dtype).model
+    if pooling.is_bare:
+        return backbone
+    return PooledModel(backbone, pooling, config.hidden_size, dtype=dtype)
 
 
 def random_params(abstract: nnx.State, key: jax.Array, std: float = 0.02) -> nnx.State:

@@ -11,10 +11,15 @@ from sanic.response import HTTPResponse
 from jaxserve.config import ServerConfig
 from jaxserve.errors import EngineDied, RequestError
 from jaxserve.frontend import Frontend
-from jaxserve.server import bodies, control, generate, info, openai, weights
+from jaxserve.server import bodies, control, generate, info, openai, pooling, scoring, weights
 
 logger = logging.getLogger("jaxserve.server.access")
-NEW_WORK = {"/generate", *weights.PATHS}  # refused while the server ends
+NEW_WORK = {
+    "/generate",
+    *pooling.PATHS,
+    *scoring.PATHS,
+    *weights.PATHS,
+}  # refused while the server ends
 
 
 class _Request(Request):
@@ -49,7 +54,7 @@ def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
     app.ctx.frontend = frontend
     app.ctx.is_stopping = False
     app.ctx.num_calls = 0
-    for module in (generate, info, control, openai, weights):
+    for module in (generate, pooling, scoring, info, control, openai, weights):
         app.blueprint(module.blueprint.copy(module.blueprint.name))
     app.error_handler.add(Exception, _on_error)
     app.register_middleware(_refuse_when_stopping, "request")

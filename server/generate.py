@@ -2,19 +2,17 @@
 
 import asyncio
 import logging
-from typing import Any
 
 from sanic import Blueprint, Request
 from sanic.response import HTTPResponse
 
 from jaxserve.answers import Answers
-from jaxserve.errors import EngineDied, RequestError
-from jaxserve.frontend import Frontend
+from jaxserve.errors import EngineDied
 from jaxserve.server import bodies, sse
+from jaxserve.server.call import checked, submitted
 
 logger = logging.getLogger(__name__)
 blueprint = Blueprint("generate")
-SMALL_BODY = 16 << 10  # bytes; tokenizing more than this would hold up the event loop
 
 
 @blueprint.route("/generate", methods=["POST", "PUT"])
@@ -23,41 +21,17 @@ async def generate(request: Request) -> HTTPResponse | None:
     # A large body leaves the transport paused, and then a client's leaving is never noticed.
     request.transport.resume_reading()
     body = bodies.read_json(request)
-    if len(request.body) <= SMALL_BODY:
-        parsed, requests = frontend.prepare(body)
-    else:
-        parsed, requests = await asyncio.to_thread(frontend.prepare, body)
-    if frontend.config.log_requests:
-        for one in requests:
-            logger.info("Receive: rid=%s, %s", one.rid, one.sampling)
-    changed = asyncio.Event()
-    answers = frontend.submit(parsed, requests, changed.set)
-    try:  # a client that leaves cancels this handler
-        if parsed.stream:
+    async with submitted(request, body, frontend.prepare) as (answers, changed):
+        if answers.is_stream:
             return await _stream(request, answers, changed)
-        finished = [_checked(answer, frontend) async for answer in answers.follow(changed)]
+        finished = [checked(answer, frontend) async for answer in answers.follow(changed)]
         return bodies.json(answers.in_order(finished))
-    finally:
-        frontend.abandon(answers)
-        if frontend.config.log_requests:
-            for generation in answers.generations:
-                logger.info("Finish: rid=%s, %s", generation.request.rid, generation.summary)
-
-
-def _checked(answer: dict[str, Any], frontend: Frontend) -> dict[str, Any]:
-    """Raises RequestError for an abort that carries a status: it is one of the whole call."""
-    reason = answer["meta_info"]["finish_reason"]
-    status = reason and reason["type"] == "abort" and reason["status_code"]
-    if not status:
-        return answer
-    headers = {"Retry-After": str(frontend.retry_after)} if status == 503 else {}
-    raise RequestError(reason["message"], status=status, headers=headers)
 
 
 async def _stream(request: Request, answers: Answers, changed: asyncio.Event) -> None:
     coming = answers.follow(changed)
     # Until something has come, the call may still be refused with a status of its own.
-    first = _checked(await anext(coming), request.app.ctx.frontend)
+    first = checked(await anext(coming), request.app.ctx.frontend)
     response = await request.respond(content_type=sse.CONTENT_TYPE, headers=sse.HEADERS)
     await response.send(sse.event(first))
     try:

@@ -88,8 +88,8 @@ async def get_server_info(request: Request) -> HTTPResponse:
 @blueprint.get("/health")
 @blueprint.get("/health_generate", name="health_generate")
 async def health(request: Request) -> HTTPResponse:
-    """200 as soon as the engine has produced anything, for whomever; else it is asked for a token,
-    so that an idle engine must prove itself too."""
+    """200 as soon as the engine has produced anything, for whomever; else it is asked for the least
+    that it can do, so that an idle engine must prove itself too."""
     frontend, app = request.app.ctx.frontend, request.app
     if app.ctx.is_stopping:
         return bodies.empty(503)
@@ -102,7 +102,7 @@ async def health(request: Request) -> HTTPResponse:
         "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
     }
     try:
-        answers = frontend.submit(*frontend.prepare(body))
+        answers = frontend.submit(*frontend.prepare_own(body))
     except EngineDied:
         return bodies.empty(503)
     try:
@@ -144,5 +144,5 @@ def _model_names(frontend: Frontend) -> dict[str, object]:
     return {
         "model_path": frontend.state.model_path,
         "tokenizer_path": config.tokenizer_path or config.model_path,
-        "is_generation": True,
+        "is_generation": frontend.info.embedding is None,
     }

@@ -185,7 +185,7 @@ async def warm_up(frontend: Frontend) -> None:
     else:
         body["text"] = "The capital city of France is"
     changed = asyncio.Event()
-    answers = frontend.submit(*frontend.prepare(body), changed.set)
+    answers = frontend.submit(*frontend.prepare_own(body), changed.set)
     async for _ in answers.follow(changed):
         pass
 
@@ -200,12 +200,16 @@ def banner(frontend: Frontend, host: str, port: int) -> str:
         else '"text": "What is the capital of France?"'
     )
     url = f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+    if info.embedding is None:
+        path, body = "generate", f'{prompt}, "sampling_params": {{"temperature": 0}}'
+    else:
+        path, body = "encode", prompt
     return (
         f"\n  {frontend.config.model_name} ({info.architecture}, {info.dtype}) on {info.device}"
         f" at {url}\n"
         f"  {info.max_total_num_tokens} tokens of KV cache, {info.max_running_requests} requests"
         f" at once, context {info.context_length};"
         f" engine ready after {info.startup_seconds:.1f} s\n\n"
-        f"  curl {url}/generate -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{{prompt}, "sampling_params": {{"temperature": 0}}}}\'\n'
+        f"  curl {url}/{path} -H 'Content-Type: application/json' \\\n"
+        f"    -d '{{{body}}}'\n"
     )

@@ -25,6 +25,7 @@ NO_SHAPES = {
     "jaxserve.models.orbax_writer",
     "jaxserve.models.sharding",
     "jaxserve.models.interface",
+    "jaxserve.models.pooling",
     "jaxserve.models.registry",
     "jaxserve.models.safetensors_file",
     "jaxserve.models.safetensors_writer",
@@ -45,7 +46,7 @@ jaxtyping.install_import_hook(sorted(CHECKED), "beartype.beartype")
 
 from jaxserve.models import interface  # noqa: E402
 
-for protocol in (interface.Attend, interface.CausalLM):
+for protocol in (interface.Attend, interface.CausalLM, interface.Embedder):
     typing.runtime_checkable(protocol)  # the check of an argument asks `isinstance`
 
 # The same examples in every run; `--hypothesis-profile=default` draws new ones.

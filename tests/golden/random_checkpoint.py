@@ -29,13 +29,18 @@ def write_checkpoint(
     shards: int = 1,
     dtype: str = "float32",
     embedding_std: float = 1.0,
+    shapes: Shapes | None = None,
 ) -> str:
-    """Writes config.json and the weights; returns a digest of all names and values."""
+    """Writes config.json and the weights; returns a digest of all names and values.
+
+    Args:
+      shapes: in place of those that the architecture has in a published checkpoint.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {
         name: round_to(dtype, random_tensor(name, shape, seed, embedding_std))
-        for name, shape in tensor_shapes(config).items()
+        for name, shape in (shapes or tensor_shapes(config)).items()
     }
     if shards == 1:
         save(tensors, dtype, folder / "model.safetensors")

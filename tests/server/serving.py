@@ -76,7 +76,9 @@ class ServerProcess:
         """As the banner tells it, once the server is ready."""
 
         def find() -> str | None:
-            found = re.search(r"^  curl (http://\S+)/generate", self.output, re.MULTILINE)
+            found = re.search(
+                r"^  curl (http://\S+)/(?:generate|encode) ", self.output, re.MULTILINE
+            )
             if found is None and self.process.poll() is not None:
                 raise RuntimeError(f"exit code {self.process.returncode}:\n{self.output}")
             return found and found[1]

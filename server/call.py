@@ -1,0 +1,57 @@
+"""One call that the engine works on: from its body to its answers, whoever leaves when."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from sanic import Request
+
+from jaxserve.answers import Answers
+from jaxserve.errors import RequestError
+from jaxserve.frontend import Frontend
+
+logger = logging.getLogger(__name__)
+SMALL_BODY = 16 << 10  # bytes; tokenizing more than this would hold up the event loop
+Prepare = Callable[[Any], tuple[Any, list[Any]]]  # as `Frontend.prepare`
+
+
+@contextlib.asynccontextmanager
+async def submitted(
+    request: Request, body: Any, prepare: Prepare
+) -> AsyncIterator[tuple[Answers, asyncio.Event]]:
+    """The answers to a body, and what every update of them sets. Leaving ends what still runs.
+
+    Raises as `prepare` and `Frontend.submit`.
+    """
+    frontend = request.app.ctx.frontend
+    if len(request.body) <= SMALL_BODY:
+        parsed, requests = prepare(body)
+    else:
+        parsed, requests = await asyncio.to_thread(prepare, body)
+    if frontend.config.log_requests:
+        for one in requests:
+            logger.info("Receive: rid=%s, %s", one.rid, one.sampling)
+    changed = asyncio.Event()
+    answers = frontend.submit(parsed, requests, changed.set)
+    try:  # a client that leaves cancels the handler
+        yield answers, changed
+    finally:
+        frontend.abandon(answers)
+        if frontend.config.log_requests:
+            for generation in answers.generations:
+                logger.info("Finish: rid=%s, %s", generation.request.rid, generation.summary)
+
+
+def checked(answer: dict[str, Any], frontend: Frontend) -> dict[str, Any]:
+    """Raises RequestError for an abort that carries a status: it is one of the whole call."""
+    reason = answer["meta_info"]["finish_reason"]
+    status = reason and reason["type"] == "abort" and reason["status_code"]
+    if not status:
+        return answer
+    raise RequestError(reason["message"], status=status, headers=retry_headers(status, frontend))
+
+
+def retry_headers(status: int, frontend: Frontend) -> dict[str, str]:
+    return {"Retry-After": str(frontend.retry_after)} if status == 503 else {}

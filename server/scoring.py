@@ -1,0 +1,103 @@
+"""/v1/score: how likely each label follows a query and an item, or what a classifier says."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sanic import Blueprint, Request
+from sanic.response import HTTPResponse
+
+from jaxserve.errors import RequestError
+from jaxserve.frontend import Frontend
+from jaxserve.server import bodies
+from jaxserve.server.call import checked, submitted
+from jaxserve.server.pooling import complete
+
+blueprint = Blueprint("scoring")
+PATHS = ("/v1/score",)
+# The model's own probabilities, whatever `--preferred-sampling-params` says.
+SAMPLING = {
+    "max_new_tokens": 1,
+    "min_new_tokens": 0,
+    "temperature": 1.0,
+    "n": 1,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": {},
+}
+
+
+@blueprint.post("/v1/score")
+async def score(request: Request) -> HTTPResponse:
+    body, frontend = bodies.read_json(request), request.app.ctx.frontend
+    if not isinstance(body, Mapping):
+        raise RequestError("the body must be a JSON object")
+    request.transport.resume_reading()  # as in generate.py
+    native = _native_body(body, frontend)
+    async with submitted(request, native, frontend.prepare_own) as (answers, changed):
+        check = checked if frontend.info.embedding is None else complete
+        finished = [check(answer, frontend) async for answer in answers.follow(changed)]
+    in_order = answers.in_order(finished)
+    num_tokens = sum(answer["meta_info"]["prompt_tokens"] for answer in in_order)
+    is_softmax = _flag(body, "apply_softmax")
+    return bodies.json(
+        {
+            "scores": [_scores(answer, is_softmax) for answer in in_order],
+            "model": body.get("model") or frontend.state.model_name,
+            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+            "object": "scoring",
+        }
+    )
+
+
+def _native_body(body: Mapping[str, Any], frontend: Frontend) -> dict[str, Any]:
+    """The body that /generate would have, or /encode."""
+    query, items = body.get("query"), body.get("items")
+    items = [items] if isinstance(items, str) else items
+    kind = str if isinstance(query, str) else list
+    if query is None or not isinstance(query, kind):
+        raise RequestError("query must be a text or a list of token ids", param="query")
+    if not isinstance(items, list) or not all(isinstance(one, kind) for one in items):
+        raise RequestError(
+            "items must be a text or a list of texts, or of lists of token ids where the query is "
+            "one",
+            param="items",
+        )
+    prompts = [one + query if _flag(body, "item_first") else query + one for one in items]
+    native = {"text" if kind is str else "input_ids": prompts}
+    if frontend.info.embedding is not None:
+        return native
+    labels = body.get("label_token_ids")
+    if not isinstance(labels, list) or not labels:
+        raise RequestError(
+            "label_token_ids must be a list of token ids: this model predicts tokens",
+            param="label_token_ids",
+        )
+    probes = [labels] * len(prompts)
+    logprobs = {"return_logprob": True, "token_ids_logprob": probes}
+    return native | logprobs | {"sampling_params": SAMPLING}
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"{name} must be a boolean, got {value!r}", param=name)
+    return bool(value)
+
+
+def _scores(answer: Mapping[str, Any], is_softmax: bool) -> list[float]:
+    """Of a model that predicts tokens: probabilities, among all tokens or among the labels."""
+    if "embedding" in answer:
+        return _softmax(answer["embedding"]) if is_softmax else answer["embedding"]
+    reason = answer["meta_info"]["finish_reason"]
+    if reason["type"] == "abort":
+        raise RequestError(reason["message"], status=503)
+    (first,) = answer["meta_info"]["output_token_ids_logprobs"]
+    logprobs = [logprob for logprob, *_ in first]
+    return _softmax(logprobs) if is_softmax else [math.exp(one) for one in logprobs]
+
+
+def _softmax(values: Sequence[float]) -> list[float]:
+    exponentials = [math.exp(value - max(values)) for value in values]
+    return [one / sum(exponentials) for one in exponentials]
