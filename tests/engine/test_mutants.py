@@ -57,7 +57,7 @@ def on_device(test: Callable, *arguments) -> Killer:
 
     def kill(system: System) -> None:
         compile_all = system.compiler._compile_all
-        system.compiler._compile_all = lambda jobs, _: WhenWanted(jobs, compile_all)
+        system.compiler._compile_all = lambda jobs, *_: WhenWanted(jobs, compile_all)
         runner = test_programs.make_runner(system.compiler, system.runner.Runner)
         test(runner, *arguments)
 
@@ -72,7 +72,7 @@ class WhenWanted(dict):
         self.jobs, self.compile_all = jobs, compile_all
 
     def __missing__(self, key: tuple):
-        self.update(self.compile_all({key: self.jobs[key]}, lambda done, total: None))
+        self.update(self.compile_all({key: self.jobs[key]}, None, lambda done, total: None))
         return self[key]
 
 

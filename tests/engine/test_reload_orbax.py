@@ -17,6 +17,7 @@ from jaxserve.converter import ORBAX_FOLDER, convert
 from jaxserve.model_loader import ModelFiles
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.orbax_arrays import OrbaxArrays
+from jaxserve.served_weights import ServedWeights
 from tests.engine.reloading import (
     FILE,
     live_bytes,
@@ -90,12 +91,12 @@ def folder(root, request) -> pathlib.Path:
 
 def test_start_from_orbax_is_the_start_from_safetensors(engine, expected, root):
     """Asserted where `expected` is made; this is the same of the parameters' bytes."""
-    loader, runner = engine._core._control._loader, engine._core._runner
-    served = loader.checksum(runner)
+    weights = ServedWeights(engine._core.abstract_params, engine._core._runner)
+    served = weights.checksum()
     engine.update_weights_from_disk(str(root / "demo-orbax"), load_format="orbax")
-    assert loader.checksum(runner) == served
+    assert weights.checksum() == served
     engine.update_weights_from_disk(str(root / "other-orbax"))
-    assert loader.checksum(runner) != served
+    assert weights.checksum() != served
 
 
 def test_reloads_alternate_exactly_between_the_formats_and_compile_nothing(engine, expected, root):
