@@ -1,7 +1,7 @@
 """From a configuration to an engine: plans the memory, loads the model, compiles every bucket."""
 
-import concurrent.futures
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -10,19 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 import jaxserve
-from jaxserve import compilation_cache, hub, weight_placement
+from jaxserve import compilation_cache, hub
 from jaxserve.buckets import Buckets
 from jaxserve.compile_counter import CompileCounter
-from jaxserve.compiler import compile_programs, working_bytes
 from jaxserve.config import EngineConfig
 from jaxserve.engine_core import EngineCore
 from jaxserve.memory_plan import (
     MemoryPlan,
     device_memory,
-    free_host_memory,
     pages_per_row,
     plan_memory,
 )
@@ -36,7 +33,7 @@ from jaxserve.plan_builder import PlanBuilder
 from jaxserve.plan_log import VERSION, Header
 from jaxserve.plan_recorder import PlanRecorder, create_file
 from jaxserve.radix_cache import RadixCache
-from jaxserve.runner import Runner
+from jaxserve.runner_builder import build_runner, load_weights
 from jaxserve.scheduler import Scheduler
 from jaxserve.served_weights import ServedWeights
 from jaxserve.serving_state import ServingState
@@ -116,7 +113,8 @@ def _build(
         sizes.bucket_growth,
         config.num_continuous_decode_steps,
     )
-    model = graphdef, abstract = create_model(files.config)
+    model = create_model(files.config)
+    abstract = model[1]
     memory = plan_memory(
         config,
         files.config,
@@ -129,20 +127,9 @@ def _build(
     logger.info("%s", memory)
     shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
 
-    def load() -> nnx.State:
-        with stopwatch.part("weights"):
-            if params is None:
-                loaded = files.load(abstract, config.load_format, config.random_seed or 0)
-            else:
-                loaded = files.take(abstract, params)
-        if memory.weight_reload == "host" and not is_cpu:
-            with stopwatch.part("pinned memory"):
-                _reserve_pinned(loaded)
-        return loaded
-
     runner = build_runner(
         model,
-        load,
+        functools.partial(load_weights, config, files, abstract, memory, params, stopwatch),
         shape,
         buckets,
         stopwatch,
@@ -151,18 +138,7 @@ def _build(
         deterministic=config.deterministic,
     )
     _log_kv_cache(memory)
-    allocator = PageAllocator(memory.num_pages)
-    scheduler = Scheduler(
-        allocator,
-        RadixCache(config.page_size, allocator) if _may_cache(config, files) else None,
-        page_size=config.page_size,
-        max_rows=sizes.max_rows,
-        max_prefill_tokens=sizes.max_prefill_tokens,
-        num_decode_steps=config.num_continuous_decode_steps,
-        policy=config.schedule_policy,
-        max_waiting=config.max_queued_requests,
-        conservativeness=config.schedule_conservativeness,
-    )
+    scheduler = _make_scheduler(config, files, sizes, memory)
     logger.info(
         "max_total_num_tokens=%d, chunked_prefill_size=%d, max_running_requests=%d, context_len=%d",
         memory.max_total_tokens,
@@ -170,27 +146,8 @@ def _build(
         sizes.max_rows,
         files.config.context_length,
     )
-    eos = {*files.config.eos_token_ids, tokenizer and tokenizer.eos_token_id} - {None}
-    info = EngineInfo(
-        architecture=files.config.architecture,
-        model_type=files.model_type,
-        model_folder=files.folder,
-        tokenizer_folder=tokenizer_folder,
-        vocab_size=files.config.vocab_size,
-        context_length=files.config.context_length,
-        max_total_num_tokens=memory.max_total_tokens,
-        max_running_requests=sizes.max_rows,
-        chunked_prefill_size=sizes.max_prefill_tokens,
-        page_size=config.page_size,
-        eos_token_ids=sorted(eos),
-        dtype=files.config.dtype,
-        device=device.device_kind,
-        num_devices=jax.device_count(),
-        weight_bytes=memory.weight_bytes,
-        kv_cache_bytes=memory.kv_cache_bytes,
-        startup_seconds=stopwatch.total,
-        startup_phases=stopwatch.seconds,
-        embedding=_embedding_info(files.config.pooling),
+    info = _engine_info(
+        config, files, sizes, memory, device, tokenizer, tokenizer_folder, stopwatch
     )
     plan_builder = PlanBuilder(buckets, max_rows=sizes.max_rows, pages_per_row=shape.pages_per_row)
     recorder = None
@@ -213,71 +170,55 @@ def _build(
     )
 
 
-def build_runner(
-    model: tuple[nnx.GraphDef, nnx.State],
-    load: Callable[[], nnx.State],
-    shape: StateShape,
-    buckets: Buckets,
+def _make_scheduler(
+    config: EngineConfig, files: ModelFiles, sizes: Sizes, memory: MemoryPlan
+) -> Scheduler:
+    allocator = PageAllocator(memory.num_pages)
+    return Scheduler(
+        allocator,
+        RadixCache(config.page_size, allocator) if _may_cache(config, files) else None,
+        page_size=config.page_size,
+        max_rows=sizes.max_rows,
+        max_prefill_tokens=sizes.max_prefill_tokens,
+        num_decode_steps=config.num_continuous_decode_steps,
+        policy=config.schedule_policy,
+        max_waiting=config.max_queued_requests,
+        conservativeness=config.schedule_conservativeness,
+    )
+
+
+def _engine_info(
+    config: EngineConfig,
+    files: ModelFiles,
+    sizes: Sizes,
+    memory: MemoryPlan,
+    device: jax.Device,
+    tokenizer: Tokenizer | None,
+    tokenizer_folder: str | None,
     stopwatch: Stopwatch,
-    check_programs: Callable[[int], None] = lambda num_bytes: None,
-    *,
-    deterministic: bool = False,
-    pooling: PoolingConfig | None = None,
-) -> Runner:
-    """Compiles every bucket while the weights are loaded: neither needs the other.
-
-    Args:
-      model: from `create_model`.
-      load: gives the parameters.
-      stopwatch: gets the part "compile".
-      check_programs: called with the bytes that the programs need while they run; may raise.
-      deterministic: as `compile_programs` has it.
-
-    Raises:
-      ValueError: the device has no room for the state or for compiling.
-      Whatever `load` and `check_programs` raise.
-    """
-
-    with concurrent.futures.ThreadPoolExecutor(1, "jaxserve-weights") as pool:
-        loading = pool.submit(load)
-
-        def on_compiled(done: int, total: int) -> None:
-            if loading.done():
-                loading.result()  # a checkpoint that does not fit ends the compiling too
-            if done % 5 == 0 or done == total:
-                logger.info("Compiling programs: %d/%d", done, total)
-
-        try:
-            with stopwatch.part("compile"):
-                compiled = compile_programs(
-                    *model,
-                    shape,
-                    buckets,
-                    on_compiled,
-                    deterministic=deterministic,
-                    pooling=pooling,
-                )
-            num_bytes = working_bytes(compiled)
-            logger.info(
-                "Compiled in %.1f s. The programs need up to %.2f GB.",
-                stopwatch.seconds["compile"],
-                num_bytes / 1e9,
-            )
-            check_programs(num_bytes)
-            return Runner(compiled, loading.result(), shape, buckets.scores)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise ValueError(f"out of memory, lower --mem-fraction-static: {error}") from error
-
-
-def _reserve_pinned(params: nnx.State) -> None:
-    """So that the first reload finds the memory that later ones find."""
-    specs = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in jax.tree.leaves(params)
-    ]
-    if not weight_placement.reserve_pinned(specs, free_host_memory()):
-        logger.warning("the machine has no memory left for new weights: --weight-reload host fails")
+) -> EngineInfo:
+    eos = {*files.config.eos_token_ids, tokenizer and tokenizer.eos_token_id} - {None}
+    return EngineInfo(
+        architecture=files.config.architecture,
+        model_type=files.model_type,
+        model_folder=files.folder,
+        tokenizer_folder=tokenizer_folder,
+        vocab_size=files.config.vocab_size,
+        context_length=files.config.context_length,
+        max_total_num_tokens=memory.max_total_tokens,
+        max_running_requests=sizes.max_rows,
+        chunked_prefill_size=sizes.max_prefill_tokens,
+        page_size=config.page_size,
+        eos_token_ids=sorted(eos),
+        dtype=files.config.dtype,
+        device=device.device_kind,
+        num_devices=jax.device_count(),
+        weight_bytes=memory.weight_bytes,
+        kv_cache_bytes=memory.kv_cache_bytes,
+        startup_seconds=stopwatch.total,
+        startup_phases=stopwatch.seconds,
+        embedding=_embedding_info(files.config.pooling),
+    )
 
 
 def _state_shape(

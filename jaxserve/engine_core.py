@@ -20,7 +20,7 @@ from jaxserve.messages import (
     EngineInfo,
     FromEngine,
     Reply,
-    StepOutput,
+    StepNews,
     ToEngine,
 )
 from jaxserve.plan_builder import PlanBuilder
@@ -90,7 +90,7 @@ class EngineCore:
         if isinstance(message, AbortRequest):
             update = self.scheduler.abort(message.rid)
             self._note_idle()
-            return [StepOutput([update])] if update else []
+            return [StepNews([update])] if update else []
         return self._call(message)
 
     @property
@@ -112,14 +112,14 @@ class EngineCore:
         outputs: list[FromEngine] = []
         while self._inflight:
             try:
-                outputs.append(StepOutput(self._read()))
+                outputs.append(StepNews(self._read()))
                 continue
             except Exception as error:
                 self._count_failure(error)
             self._start_over()
         return outputs
 
-    def step(self) -> StepOutput | None:
+    def step(self) -> StepNews | None:
         """Dispatches a step, then reads the one before: the device is never kept waiting. Returns
         the news, None where there is nothing to do.
 
@@ -134,9 +134,9 @@ class EngineCore:
         except Exception as error:
             self._count_failure(error)
         self._start_over()
-        return StepOutput([])
+        return StepNews([])
 
-    def _step(self) -> StepOutput | None:
+    def _step(self) -> StepNews | None:
         if self._is_state_lost:
             self._runner.reset()
             self._is_state_lost = False
@@ -144,8 +144,8 @@ class EngineCore:
         if not self._inflight:
             return None
         if is_dispatched and len(self._inflight) <= RUN_AHEAD:
-            return StepOutput([])
-        output = StepOutput(self._read())
+            return StepNews([])
+        output = StepNews(self._read())
         self._note_idle()
         return output
 
@@ -245,14 +245,14 @@ class EngineCore:
         except Exception as error:  # the tokenizer's, of this prompt
             logger.exception("%s cannot be served", request.rid)
             reason = FinishReason.internal_error(f"{type(error).__name__}: {error}")
-            return [StepOutput([RequestUpdate(request.rid, [], reason)])]
+            return [StepNews([RequestUpdate(request.rid, [], reason)])]
         try:
             self.scheduler.add(request, stop_checker)
         except ValueError as error:
             status = error.status if isinstance(error, RequestError) else 400
             kind = "BadRequestError" if status < 500 else "ServiceUnavailableError"
             reason = FinishReason("abort", message=str(error), status_code=status, err_type=kind)
-            return [StepOutput([RequestUpdate(request.rid, [], reason)])]
+            return [StepNews([RequestUpdate(request.rid, [], reason)])]
         return []
 
     def _call(self, call: Call) -> list[FromEngine]:

@@ -23,7 +23,7 @@ from jaxserve.messages import (
     EngineInfo,
     FromEngine,
     Reply,
-    StepOutput,
+    StepNews,
     ToEngine,
 )
 from jaxserve.request import Request
@@ -168,7 +168,7 @@ class Frontend:
 
     def deliver(self, message: FromEngine) -> None:
         self.last_progress = time.monotonic()
-        if isinstance(message, StepOutput):
+        if isinstance(message, StepNews):
             for update in message.updates:
                 take = self._live.get if update.finish_reason is None else self._live.pop
                 generation = take(update.rid, None)

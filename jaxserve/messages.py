@@ -77,7 +77,7 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
-class StepOutput(msgspec.Struct, frozen=True, tag="step"):
+class StepNews(msgspec.Struct, frozen=True, tag="step"):
     """One step's news of all its requests, in one message."""
 
     updates: list[RequestUpdate]
@@ -90,7 +90,7 @@ class Reply(msgspec.Struct, frozen=True, tag="reply"):
     status: int | None = None  # of an error that is the caller's
 
 
-FromEngine = Ready | StartFailed | EngineFailed | StepOutput | ServingState | Reply
+FromEngine = Ready | StartFailed | EngineFailed | StepNews | ServingState | Reply
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

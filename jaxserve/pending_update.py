@@ -5,7 +5,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.background import Done, Task
-from jaxserve.messages import FromEngine, StepOutput
+from jaxserve.messages import FromEngine, StepNews
 from jaxserve.serving_state import ServingState
 from jaxserve.weight_loader import ROLLED_BACK, LoadedUpdate, UpdateFailed
 from jaxserve.weight_request import WeightUpdate
@@ -45,7 +45,7 @@ class PendingUpdate:
         news, scheduler = engine.drain(), engine.scheduler
         num_running = len(scheduler.running)
         if self.request.in_flight == "abort":
-            return [*news, StepOutput(scheduler.abort_all())], 0
+            return [*news, StepNews(scheduler.abort_all())], 0
         if self.request.in_flight == "retract":
             scheduler.retract_all()
         return news, num_running

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from jaxserve.plan_log import Dispatched, PlanLog, Record
+from jaxserve.plan_log import PlanLog, PlannedStep, Record
 from jaxserve.step_plan import (
     EXTRAS_PARTS,
     NO_TOKEN,
@@ -32,7 +32,7 @@ def _line(fields: Fields) -> str:
 
 
 def _describe(record: Record, max_rows: int, patch_width: int) -> Fields:
-    if not isinstance(record, Dispatched):
+    if not isinstance(record, PlannedStep):
         return msgspec.to_builtins(record)
     plan = record.plan
     described = {

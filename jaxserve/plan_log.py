@@ -36,7 +36,7 @@ class Header(msgspec.Struct, frozen=True, tag="header"):
     buckets: Buckets
 
 
-class Dispatched(msgspec.Struct, frozen=True, tag="plan"):
+class PlannedStep(msgspec.Struct, frozen=True, tag="plan"):
     plan: StepPlan
 
 
@@ -74,7 +74,7 @@ class WeightsChanged(msgspec.Struct, frozen=True, tag="weights"):
     folder: str | None  # None: they were sent, and no folder has them
 
 
-Record = Dispatched | Drawn | Reset | WeightsChanged
+Record = PlannedStep | Drawn | Reset | WeightsChanged
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(Record).decode

@@ -12,10 +12,10 @@ from typing import BinaryIO
 
 from jaxserve.plan_log import (
     MAGIC,
-    Dispatched,
     Drawn,
     Header,
     PlanLog,
+    PlannedStep,
     Reset,
     WeightsChanged,
     encode,
@@ -82,7 +82,7 @@ class PlanRecorder:
 
     def dispatch(self, plan: StepPlan) -> None:
         self._unread.append(plan.step)
-        self._put(encode(Dispatched(plan)))
+        self._put(encode(PlannedStep(plan)))
 
     def read(self, rows: list[int], result: Sequence[Draws]) -> None:
         """Of the oldest step that is not read yet.

@@ -30,7 +30,7 @@ from jaxserve.step_plan import (
     STOPPED,
     Sampler,
 )
-from pallas_kernels.attention import RaggedBatch
+from pallas_kernels.attention import RaggedBatch, ragged
 
 Weights = tuple[jax.Array, ...]
 Merge = Callable[[Weights], CausalLM | Embedder]  # flat weights to a model
@@ -109,8 +109,7 @@ def extend(
     is_running = state.finish[rows] == RUNNING
 
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    # Not jnp.searchsorted: it becomes a loop, and a loop splits the CUDA graph.
-    owner = jnp.minimum((ends <= token[:, None]).sum(axis=1, dtype=jnp.int32), num_rows - 1)
+    owner = ragged.owner(ends, token)
     is_live = (token < ends[-1]) & is_running[owner]
     positions = jnp.where(is_live, state.seq_len[rows][owner] + token - starts[owner], 0)
     tokens = jnp.where(tokens == LAST_TOKEN, state.last_token[rows][owner], tokens)

@@ -16,7 +16,7 @@ import jaxserve
 from jaxserve import logs
 from jaxserve.config import EngineConfig
 from jaxserve.plan_dump import dump
-from jaxserve.plan_log import Dispatched, Drawn, Header, PlanLog, Record, Reset, WeightsChanged
+from jaxserve.plan_log import Drawn, Header, PlanLog, PlannedStep, Record, Reset, WeightsChanged
 
 
 @dataclasses.dataclass
@@ -72,7 +72,7 @@ def compare(
     """
     comparison, unread = Comparison(), {}
     for record in records:
-        if isinstance(record, Dispatched):
+        if isinstance(record, PlannedStep):
             step = record.plan.step
             try:
                 unread[step] = runner.dispatch(record.plan)
@@ -103,9 +103,10 @@ def load_runner(log: PlanLog, config: EngineConfig):
     import jax.numpy as jnp
 
     from jaxserve import compilation_cache
-    from jaxserve.engine_builder import build_runner, find_device
+    from jaxserve.engine_builder import find_device
     from jaxserve.model_loader import ModelFiles
     from jaxserve.models.registry import create_model
+    from jaxserve.runner_builder import build_runner
     from jaxserve.state import StateShape
     from jaxserve.stopwatch import Stopwatch
 

@@ -14,7 +14,7 @@ import msgspec
 
 from jaxserve.background import Done, Task
 from jaxserve.errors import RequestError
-from jaxserve.messages import Call, FromEngine, Reply, StepOutput
+from jaxserve.messages import Call, FromEngine, Reply, StepNews
 from jaxserve.pending_update import PendingUpdate, report
 from jaxserve.read_queue import ReadQueue
 from jaxserve.request import FinishReason
@@ -183,7 +183,7 @@ class ServingControl:
         reason = FinishReason(
             "abort", message=words, status_code=500, err_type="InternalServerError"
         )
-        aborted = StepOutput(self._engine.scheduler.abort_all(reason))
+        aborted = StepNews(self._engine.scheduler.abort_all(reason))
         self._engine.scheduler.change_weights()
         state = self._change(fault=self._fault())
         return [aborted, state, Reply(update.call_id, error=words, status=500)]
@@ -201,7 +201,7 @@ class ServingControl:
     ) -> list[FromEngine]:
         news = self._engine.drain()
         if abort_all_requests:
-            news.append(StepOutput(self._engine.scheduler.abort_all()))
+            news.append(StepNews(self._engine.scheduler.abort_all()))
         answer = {
             "success": True,
             "message": f"Weight version updated to {new_version}",
@@ -224,7 +224,7 @@ class ServingControl:
     def _pause(self, call_id: int, mode: str) -> list[FromEngine]:
         news = self._engine.drain()
         if mode == "abort":
-            news.append(StepOutput(self._engine.scheduler.abort_all()))
+            news.append(StepNews(self._engine.scheduler.abort_all()))
         elif mode == "retract":
             self._engine.scheduler.retract_all(keep=True)
         return [*news, self._change(is_paused=True), Reply(call_id)]

@@ -33,7 +33,7 @@ from jaxserve.models.sharding import param_shardings
 from jaxserve.state import State, StateShape
 from jaxserve.step_plan import NUM_SAMPLING, NUM_STOP_IDS, RUNNING, Sampler
 
-NO_TOKEN = -1
+NONE_DRAWN = -1
 
 
 @typing.no_type_check  # a pytree: its leaves are not always arrays
@@ -100,7 +100,7 @@ class SamplingBatch:
 class StepOutput:
     """What each of B rows has drawn; `decode` has a leading axis of steps."""
 
-    tokens: Int32[Array, " B"]  # NO_TOKEN where a row drew none
+    tokens: Int32[Array, " B"]  # NONE_DRAWN where a row drew none
     logprobs: Float[Array, " B"]  # of these tokens, at the row's temperature; 0 where there is none
     is_finished: Bool[Array, " B"]  # a stop id or `max_len` has been reached, or scores were NaN
 
@@ -235,7 +235,7 @@ class Step:
         tokens, finish, bits = state.out[0, : self.shape.max_rows].T
         logprobs = jax.lax.bitcast_convert_type(bits, jnp.float32)
         return StepOutput(
-            tokens=jnp.where(draws, tokens, NO_TOKEN),
+            tokens=jnp.where(draws, tokens, NONE_DRAWN),
             logprobs=jnp.where(draws, logprobs, 0.0),
             is_finished=state.finish[: self.shape.max_rows] != RUNNING,
         )

@@ -126,3 +126,17 @@ def _shard_paths(folder: pathlib.Path, open_file: OpenFile | None) -> list[pathl
     if missing := [path.name for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
     return paths
+
+
+def deal(tensors: Mapping[str, Tensor], most_bytes: int) -> list[list[str]]:
+    """Groups of names, each of at most so many bytes or one tensor; in their order, so that what is
+    used together lies together."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > most_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensor.nbytes
+    return groups

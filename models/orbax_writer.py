@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from jaxserve.models.checkpoint import deal
 from jaxserve.models.safetensors_file import Tensor
 
 CHUNK_BYTES = 2 << 20  # quickest to read of 1, 2 and 8 MiB
@@ -56,13 +57,4 @@ def write_orbax(
 
 def _groups(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     total = sum(tensor.nbytes for tensor in tensors.values())
-    most = max(GROUP_BYTES, total // MOST_GROUPS)
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and size + tensor.nbytes > most:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += tensor.nbytes
-    return groups
+    return deal(tensors, max(GROUP_BYTES, total // MOST_GROUPS))

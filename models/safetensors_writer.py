@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from jaxserve.models.checkpoint import INDEX_FILE
+from jaxserve.models.checkpoint import INDEX_FILE, deal
 from jaxserve.models.safetensors_file import DTYPES, Tensor
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -35,7 +35,7 @@ def write_safetensors(
     for name, tensor in tensors.items():
         if tensor.dtype not in NAMES:
             raise ValueError(f"{name}: safetensors has no dtype {tensor.dtype}")
-    shards = _deal(tensors, max_file_bytes)
+    shards = deal(tensors, max_file_bytes)
     paths, weight_map = [], {}
     for i, names in enumerate(shards):
         number = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -48,19 +48,6 @@ def write_safetensors(
         paths.append(folder / INDEX_FILE)
         paths[-1].write_text(json.dumps(index, indent=2) + "\n")
     return paths
-
-
-def _deal(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
-    """In their order, so that what is used together lies together."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    return shards
 
 
 def _write_file(

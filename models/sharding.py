@@ -1,6 +1,5 @@
 """Which axis of a mesh each axis of a parameter lies on: one table for all models."""
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -31,7 +30,3 @@ def param_shardings(abstract: nnx.State, mesh: Mesh) -> nnx.State:
 def _mesh_axis(axis: str | None, size: int, mesh: Mesh) -> str | None:
     name = MESH_AXIS.get(axis) if axis is not None else None
     return name if name in mesh.axis_names and size % mesh.shape[name] == 0 else None
-
-
-def replicated(mesh: Mesh) -> jax.sharding.Sharding:
-    return NamedSharding(mesh, PartitionSpec())

@@ -14,7 +14,7 @@ from typing import Any
 from jaxserve.config import EngineConfig
 from jaxserve.engine_builder import build_engine
 from jaxserve.live_request import Schedule
-from jaxserve.messages import AbortRequest, AddRequest, FromEngine, StepOutput
+from jaxserve.messages import AbortRequest, AddRequest, FromEngine, StepNews
 from jaxserve.page_allocator import PageAllocator
 from jaxserve.plan_builder import PlanBuilder
 from jaxserve.radix_cache import RadixCache
@@ -203,7 +203,7 @@ class Lab:
                 take(core.handle(AddRequest(request)))
             for rid in [rid for rid, when in aborts.items() if when == step]:
                 take(core.handle(AbortRequest(rid)))
-            take([core.step() or StepOutput([])])
+            take([core.step() or StepNews([])])
             if not core.has_work and step >= max(when for when, _ in coming):
                 break
         core.scheduler.check_integrity()

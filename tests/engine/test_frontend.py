@@ -2,7 +2,7 @@
 
 from jaxserve.config import EngineConfig
 from jaxserve.frontend import Frontend
-from jaxserve.messages import StepOutput
+from jaxserve.messages import StepNews
 from jaxserve.request import FinishReason, RequestUpdate
 from tests.engine.test_generate_request import info
 
@@ -11,7 +11,7 @@ def end(frontend: Frontend, generation, *, kind: str = "length", seconds: float)
     """The engine's news that a request has ended, so long after it was made."""
     generation._created -= seconds
     update = RequestUpdate(generation.request.rid, [1], FinishReason(kind))
-    frontend.deliver(StepOutput([update]))
+    frontend.deliver(StepNews([update]))
 
 
 def test_retry_after_is_the_time_in_which_one_request_ends():

@@ -12,7 +12,7 @@ import pytest
 from jaxserve.buckets import Buckets
 from jaxserve.client import EngineClient
 from jaxserve.config import EngineConfig
-from jaxserve.plan_log import MAGIC, Dispatched, Drawn, Header, PlanLog, Record, Reset
+from jaxserve.plan_log import MAGIC, Drawn, Header, PlanLog, PlannedStep, Record, Reset
 from jaxserve.plan_recorder import PlanRecorder, create_file
 from jaxserve.step_plan import OUT_OF_LENGTH, RUNNING, STOPPED, StepPlan
 from tests.server.serving import DEMO_MODEL, GREEDY, SMALL, programs_folder, wait_for
@@ -68,11 +68,11 @@ def test_file_holds_what_the_recorder_was_told(path, recorder):
     header, records = read(path)
     assert header == HEADER
     assert records == [
-        Dispatched(plan(5, num_steps=2)),
-        Dispatched(plan(6)),
+        PlannedStep(plan(5, num_steps=2)),
+        PlannedStep(plan(6)),
         Drawn(5, [1, 0], [[[20, STOPPED], [10, RUNNING]], [[21, STOPPED], [11, RUNNING]]]),
         Reset(),
-        Dispatched(plan(7)),
+        PlannedStep(plan(7)),
         Drawn(7, [2], [[[0, 0]]]),
     ]
     assert [token for _, _, token in records[2].tokens()] == [[20, 1], [10, 0], [11, 0]]
@@ -126,7 +126,7 @@ def test_older_log_is_kept_beside_it(path):
         recorder.dispatch(plan(number))
         recorder.close()
     older = path.with_name("run.plans.old")
-    assert read(path)[1] == [Dispatched(plan(2))] and read(older)[1] == [Dispatched(plan(1))]
+    assert read(path)[1] == [PlannedStep(plan(2))] and read(older)[1] == [PlannedStep(plan(1))]
     assert sorted(file.name for file in path.parent.iterdir()) == ["run.plans", "run.plans.old"]
 
 
@@ -141,7 +141,7 @@ def test_log_without_steps_does_not_push_out_another(path):
         PlanRecorder(create_file(path), HEADER).close()
     create_file(path).close()
     assert path.read_bytes() == b"" and path.stat().st_mode & 0o777 == 0o600
-    assert read(path.with_name("run.plans.old"))[1] == [Dispatched(plan(5))]
+    assert read(path.with_name("run.plans.old"))[1] == [PlannedStep(plan(5))]
 
 
 def test_other_files_are_left_alone(tmp_path):

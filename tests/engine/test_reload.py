@@ -11,7 +11,7 @@ import pytest
 from jaxserve import Engine, read_queue, served_weights
 from jaxserve.compile_counter import CompileCounter
 from jaxserve.errors import RequestError
-from jaxserve.plan_log import Dispatched, Drawn, PlanLog, WeightsChanged
+from jaxserve.plan_log import Drawn, PlanLog, PlannedStep, WeightsChanged
 from tests.engine.reloading import (
     ENDLESS,
     QUESTION,
@@ -244,7 +244,7 @@ def test_recorded_run_tells_of_the_other_weights_where_they_came(engine, other):
     assert [found[i].folder for i in changes[-2:]] == [str(folder), other]
     before, after = found[: changes[-1]], found[changes[-1] :]
     for part in (before, after):
-        dispatched = {record.plan.step for record in part if isinstance(record, Dispatched)}
+        dispatched = {record.plan.step for record in part if isinstance(record, PlannedStep)}
         drawn = {record.step for record in part if isinstance(record, Drawn)}
         assert dispatched >= drawn and dispatched
 

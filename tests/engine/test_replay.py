@@ -21,10 +21,10 @@ from jaxserve.plan_log import (
     LENGTH,
     MAGIC,
     VERSION,
-    Dispatched,
     Drawn,
     Header,
     PlanLog,
+    PlannedStep,
     Record,
     Reset,
     WeightsChanged,
@@ -127,7 +127,7 @@ def replay(runner, records: list[Record], load=None) -> Comparison:
 
 
 def plans(records: list[Record]):
-    return [record.plan for record in records if isinstance(record, Dispatched)]
+    return [record.plan for record in records if isinstance(record, PlannedStep)]
 
 
 def changed(records: list[Record], where: Callable[[Record], bool], change) -> list[Record]:
@@ -199,13 +199,13 @@ def test_changed_token_in_the_log_is_found(runner, records):
 def test_other_prompt_is_noticed(runner, records):
     """So the tokens come from the plans, not from the log's answers."""
 
-    def change(record: Dispatched) -> Dispatched:
+    def change(record: PlannedStep) -> PlannedStep:
         forward = ints(record.plan.forward)
         forward[3 * record.plan.num_rows] += 1
-        return Dispatched(msgspec.structs.replace(record.plan, forward=forward.tobytes()))
+        return PlannedStep(msgspec.structs.replace(record.plan, forward=forward.tobytes()))
 
     def is_prompt(record: Record) -> bool:
-        return isinstance(record, Dispatched) and record.plan.step == 0
+        return isinstance(record, PlannedStep) and record.plan.step == 0
 
     assert not replay(runner, changed(records, is_prompt, change)).is_equal
 
@@ -213,8 +213,8 @@ def test_other_prompt_is_noticed(runner, records):
 def test_left_out_copies_are_noticed(runner, records):
     """Requests that continue a cached page need what was in it."""
     without = [
-        Dispatched(msgspec.structs.replace(record.plan, copies=b""))
-        if isinstance(record, Dispatched)
+        PlannedStep(msgspec.structs.replace(record.plan, copies=b""))
+        if isinstance(record, PlannedStep)
         else record
         for record in records
     ]
@@ -232,11 +232,11 @@ def test_run_with_other_weights_is_reproduced_from_their_folder(runner, header, 
 
 
 def test_step_without_a_program_is_an_error(runner, records):
-    def change(record: Dispatched) -> Dispatched:
-        return Dispatched(msgspec.structs.replace(record.plan, num_steps=STEPS + 1))
+    def change(record: PlannedStep) -> PlannedStep:
+        return PlannedStep(msgspec.structs.replace(record.plan, num_steps=STEPS + 1))
 
     wrong = changed(
-        records, lambda r: isinstance(r, Dispatched) and r.plan.kind == "decode", change
+        records, lambda r: isinstance(r, PlannedStep) and r.plan.kind == "decode", change
     )
     with pytest.raises(ValueError, match=r"step \d+ cannot be executed here: KeyError"):
         replay(runner, wrong)
@@ -296,10 +296,10 @@ def test_dump_prints_the_records_without_jax(path, records):
     status, (head, *lines), errors = run(path, "--dump")
     assert status == 0 and not errors and len(lines) == len(records)
     assert json.loads(head)["config"]["record_plans"] == str(path)
-    kinds = {"plan": Dispatched, "drawn": Drawn, "reset": Reset}
+    kinds = {"plan": PlannedStep, "drawn": Drawn, "reset": Reset}
     for line, record in zip(map(json.loads, lines), records, strict=True):
         assert isinstance(record, kinds[line["type"]])
-        if isinstance(record, Dispatched) and record.plan.kind == "extend":
+        if isinstance(record, PlannedStep) and record.plan.kind == "extend":
             packed = ints(record.plan.forward)
             rows, lengths, _, tokens = np.split(packed, np.arange(1, 4) * record.plan.num_rows)
             told = [token for chunk in line["forward"] for token in chunk["tokens"]]

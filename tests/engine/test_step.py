@@ -19,7 +19,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.forward import token_logprobs
 from jaxserve.models.fuse import unfuse
 from jaxserve.models.weights import load_params
-from jaxserve.step import NO_TOKEN
+from jaxserve.step import NONE_DRAWN
 from jaxserve.tokenizer import Tokenizer
 
 FOLDER = pathlib.Path(jaxserve.__file__).with_name("demo_model")
@@ -68,7 +68,7 @@ def packed(step, rows: list[list[int]]) -> tuple[jax.Array, jax.Array]:
 
 def answers(tokenizer, drawn: np.ndarray) -> list[str]:
     """`drawn` is [K, B]."""
-    return [tokenizer.decode([t for t in row if t != NO_TOKEN]) for row in drawn.T.tolist()]
+    return [tokenizer.decode([t for t in row if t != NONE_DRAWN]) for row in drawn.T.tolist()]
 
 
 def run(step, jitted, params, prompts, num_steps: int = NUM_STEPS, **sampling):
@@ -87,7 +87,7 @@ def run(step, jitted, params, prompts, num_steps: int = NUM_STEPS, **sampling):
 def test_questions_are_answered(step, jitted, params, prompts, tokenizer):
     tokens, _, is_finished = run(step, jitted, params, prompts)
     assert answers(tokenizer, tokens) == list(QUESTIONS.values())
-    assert is_finished[-1].all() and (tokens[-1] == NO_TOKEN).all(), "and then nothing more"
+    assert is_finished[-1].all() and (tokens[-1] == NONE_DRAWN).all(), "and then nothing more"
 
 
 def test_prompts_may_come_in_chunks_beside_rows_that_decode(
@@ -103,8 +103,8 @@ def test_prompts_may_come_in_chunks_beside_rows_that_decode(
         drawn.append(np.asarray(out.tokens))
     state, rest = decode(params, state, NUM_STEPS)
     drawn = np.concatenate([np.stack(drawn), np.asarray(rest.tokens)])
-    assert drawn[0, 1] == drawn[1, 1] == NO_TOKEN, "a row without tokens draws none"
-    drawn[0, 0] = drawn[2, 1] = NO_TOKEN  # drawn within the prompts
+    assert drawn[0, 1] == drawn[1, 1] == NONE_DRAWN, "a row without tokens draws none"
+    drawn[0, 0] = drawn[2, 1] = NONE_DRAWN  # drawn within the prompts
     assert answers(tokenizer, drawn) == list(QUESTIONS.values())
 
 
@@ -113,7 +113,7 @@ def test_logprobs_are_those_of_the_training_forward(step, jitted, params, prompt
     tokens, logprobs, _ = run(step, jitted, params, prompts, temperature=temperature)
     model, worst = nnx.merge(step.graphdef, params), 0.0
     for row, prompt in enumerate(prompts):
-        answer = [token for token in tokens[:, row].tolist() if token != NO_TOKEN]
+        answer = [token for token in tokens[:, row].tolist() if token != NONE_DRAWN]
         text = jnp.array([prompt + answer], jnp.int32)
         expected = np.asarray(token_logprobs(model, text, temperature or 1.0))[0, -len(answer) :]
         worst = max(worst, np.abs(expected - logprobs[: len(answer), row]).max())
@@ -198,7 +198,7 @@ def test_step_that_stops_at_the_longest_length(step, jitted, params, prompts):
     state = step.init_state()
     state, _ = extend(params, state, *packed(step, prompts))
     _, out = decode(params, state, 60)
-    drawn = (np.asarray(out.tokens) != NO_TOKEN).sum(axis=0)
+    drawn = (np.asarray(out.tokens) != NONE_DRAWN).sum(axis=0)
     assert drawn.tolist() == [48 - 1 - len(prompt) for prompt in prompts]
     assert np.asarray(out.is_finished)[-1].all()
 

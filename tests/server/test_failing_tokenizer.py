@@ -7,7 +7,7 @@ import httpx
 
 from jaxserve.config import ServerConfig
 from jaxserve.frontend import Frontend
-from jaxserve.messages import AbortRequest, AddRequest, StepOutput
+from jaxserve.messages import AbortRequest, AddRequest, StepNews
 from jaxserve.request import FinishReason, RequestUpdate
 from jaxserve.server.app import create_app
 from jaxserve.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ async def ask(token: int) -> tuple[httpx.Response, httpx.Response, list]:
             loop, rid = asyncio.get_running_loop(), message.request.rid
             for i, one in enumerate((300, 301, token, 302)):
                 reason = FinishReason("length", length=4) if i == 3 else None
-                output = StepOutput([RequestUpdate(rid, [one], reason)])
+                output = StepNews([RequestUpdate(rid, [one], reason)])
                 loop.call_later(0.02 * (i + 1), frontend.deliver, output)
 
     config = ServerConfig(model_path=DEMO_MODEL, port=0)
