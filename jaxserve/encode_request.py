@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from jaxserve.body_fields import as_object, refuse_unserved
 from jaxserve.errors import RequestError
 from jaxserve.generate_request import Item, body_items, make_request
 from jaxserve.messages import EmbeddingInfo, EngineInfo
@@ -55,11 +56,8 @@ class EncodeRequest:
         Raises:
           RequestError: names the field.
         """
-        if not isinstance(body, Mapping):
-            raise RequestError("the body must be a JSON object")
-        for name, neutral in NOT_SERVED.items():
-            if body.get(name) is not None and body[name] not in neutral:
-                raise RequestError(f"{name} is not supported by this server yet", param=name)
+        body = as_object(body)
+        refuse_unserved(body, NOT_SERVED)
         if body.get("text") is None and body.get("input_ids") is None:
             raise RequestError(
                 "At least one of text, input_ids, image, video, or audio should be provided"

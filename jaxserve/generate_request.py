@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from jaxserve.body_fields import as_object, flag, refuse_unserved
 from jaxserve.errors import RequestError
 from jaxserve.logprob_options import LogprobOptions, logprob_options
 from jaxserve.messages import EngineInfo
@@ -73,11 +74,8 @@ class GenerateRequest:
         Raises:
           RequestError: names the field.
         """
-        if not isinstance(body, Mapping):
-            raise RequestError("the body must be a JSON object")
-        for name, neutral in NOT_SERVED.items():
-            if body.get(name) is not None and body[name] not in neutral:
-                raise RequestError(f"{name} is not supported by this server yet", param=name)
+        body = as_object(body)
+        refuse_unserved(body, NOT_SERVED)
         texts, ids, is_batch = _prompts(body)
         count = len(texts)
         given = _spread(body.get("sampling_params"), count, is_batch)
@@ -110,9 +108,9 @@ class GenerateRequest:
             items=items,
             num_samples=num_samples,
             is_batch=is_batch or num_samples > 1,
-            stream=_flag(body, "stream"),
-            return_prompt_token_ids=_flag(body, "return_prompt_token_ids"),
-            return_text_in_logprobs=_flag(body, "return_text_in_logprobs"),
+            stream=flag(body, "stream"),
+            return_prompt_token_ids=flag(body, "return_prompt_token_ids"),
+            return_text_in_logprobs=flag(body, "return_text_in_logprobs"),
         )
 
 
@@ -367,10 +365,3 @@ def _namespace(body: Mapping[str, Any]) -> str:
             )
         parts.append(value)
     return "\0".join(parts)
-
-
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise RequestError(f"{name} must be a boolean, got {value!r}", param=name)
-    return bool(value)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxserve.body_fields import as_flag
 from jaxserve.errors import RequestError
 from jaxserve.request import MOST_LOGPROB_IDS, MOST_TOP_LOGPROBS
 
@@ -34,7 +35,7 @@ def logprob_options(
                 raise RequestError(
                     f"Cannot use list {name} with parallel_sample_num > 1", param=name
                 )
-    wanted = _spread(body, "return_logprob", False, _as_flag, count, is_batch)
+    wanted = _spread(body, "return_logprob", False, as_flag, count, is_batch)
     starts = _spread(body, "logprob_start_len", -1, _as_start, count, is_batch)
     tops = _spread(body, "top_logprobs_num", 0, _as_top_num, count, is_batch)
     ids = _token_ids(body.get("token_ids_logprob"), count, is_batch)
@@ -56,12 +57,6 @@ def _spread(
     if not is_batch or len(value) != count:
         raise RequestError(f"{len(value)} values of {name} for {count} prompts", param=name)
     return [default if one is None else check(name, one) for one in value]
-
-
-def _as_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} must be a boolean, got {value!r}", param=name)
-    return value
 
 
 def _as_start(name: str, value: Any) -> int:

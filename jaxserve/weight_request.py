@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from jaxserve.body_fields import as_object, flag, integer, text, texts
 from jaxserve.errors import RequestError
 
 # What becomes of requests in flight when the weights change: they finish with the old ones while
@@ -44,8 +45,8 @@ def parse_disk_update(body: Any) -> WeightUpdate:
     Raises:
       RequestError: names the field.
     """
-    body = _object(body)
-    path = _text(body, "model_path")
+    body = as_object(body)
+    path = text(body, "model_path")
     if not path:
         raise RequestError("model_path is required", param="model_path")
     if body.get("manifest") is not None:
@@ -57,7 +58,7 @@ def parse_disk_update(body: Any) -> WeightUpdate:
     integer(body, "token_step", 0)
     return WeightUpdate(
         model_path=path,
-        load_format=_text(body, "load_format") or "auto",
+        load_format=text(body, "load_format") or "auto",
         keep_tokenizer=flag(body, "keep_tokenizer"),
         keep_pause=flag(body, "keep_pause"),
         **_common(body),
@@ -73,7 +74,7 @@ def parse_tensor_update(body: Any) -> WeightUpdate:
     Raises:
       RequestError: names the field.
     """
-    body = _object(body)
+    body = as_object(body)
     if body.get("load_format") != "safetensors":
         raise RequestError(
             'load_format must be "safetensors": pickled tensors are never loaded, and handles of '
@@ -81,8 +82,8 @@ def parse_tensor_update(body: Any) -> WeightUpdate:
             "serialized_named_tensors, or the paths of such files in files",
             param="load_format",
         )
-    payloads = [_decode(text) for text in _texts(body, "serialized_named_tensors")]
-    files = _texts(body, "files")
+    payloads = [_decode(one) for one in texts(body, "serialized_named_tensors")]
+    files = texts(body, "files")
     if not payloads and not files:
         raise RequestError(
             "serialized_named_tensors or files is required", param="serialized_named_tensors"
@@ -114,39 +115,10 @@ def in_flight(body: Mapping[str, Any]) -> InFlight:
 
 
 def version(body: Mapping[str, Any], name: str) -> str | None:
-    label = _text(body, name)
+    label = text(body, name)
     if label is not None and not 0 < len(label.encode(errors="replace")) <= MOST_VERSION_BYTES:
         raise RequestError(f"{name} must have 1 to {MOST_VERSION_BYTES} bytes", param=name)
     return label
-
-
-def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise RequestError(f"{name} must be a boolean, got {value!r}", param=name)
-    return default if value is None else value
-
-
-def integer(body: Mapping[str, Any], name: str, default: int) -> int:
-    value = body.get(name)
-    if value is not None and (type(value) is not int or abs(value) >= 2**63):
-        raise RequestError(f"{name} must be an integer, got {value!r}", param=name)
-    return default if value is None else value
-
-
-def _text(body: Mapping[str, Any], name: str) -> str | None:
-    value = body.get(name)
-    if value is not None and not isinstance(value, str):
-        raise RequestError(f"{name} must be a string, got {value!r}", param=name)
-    return value
-
-
-def _texts(body: Mapping[str, Any], name: str) -> list[str]:
-    value = body.get(name)
-    values = [value] if isinstance(value, str) else value or []
-    if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
-        raise RequestError(f"{name} must be a list of strings", param=name)
-    return values
 
 
 def _decode(text: str) -> bytes:
@@ -156,9 +128,3 @@ def _decode(text: str) -> bytes:
         raise RequestError(
             f"serialized_named_tensors must be base64: {error}", param="serialized_named_tensors"
         ) from error
-
-
-def _object(body: Any) -> Mapping[str, Any]:
-    if not isinstance(body, Mapping):
-        raise RequestError("the body must be a JSON object")
-    return body

@@ -8,6 +8,7 @@ import msgspec
 from sanic import Request
 from sanic.response import HTTPResponse, raw
 
+from jaxserve.body_fields import as_object
 from jaxserve.errors import RequestError
 
 
@@ -31,11 +32,7 @@ def read_optional(request: Request) -> dict[str, Any]:
       RequestError: it is no JSON object.
     """
     body = read_json(request) if request.body else None
-    if body is None:
-        return {}
-    if not isinstance(body, dict):
-        raise RequestError("the body must be a JSON object")
-    return body
+    return {} if body is None else dict(as_object(body))
 
 
 def json(content: Any, status: int = 200) -> HTTPResponse:

@@ -9,6 +9,7 @@ from sanic import Blueprint, Request
 from sanic.response import HTTPResponse
 
 from jaxserve.answers import Answers
+from jaxserve.body_fields import as_object
 from jaxserve.errors import RequestError
 from jaxserve.frontend import Frontend
 from jaxserve.server import bodies
@@ -29,9 +30,7 @@ async def encode(request: Request) -> HTTPResponse:
 
 @blueprint.post("/v1/embeddings")
 async def embeddings(request: Request) -> HTTPResponse:
-    body = bodies.read_json(request)
-    if not isinstance(body, Mapping):
-        raise RequestError("the body must be a JSON object")
+    body = as_object(bodies.read_json(request))
     encoding = body.get("encoding_format") or "float"
     if encoding not in ENCODING_FORMATS:
         raise RequestError(

@@ -7,10 +7,11 @@ from typing import Any
 from sanic import Blueprint, Request
 from sanic.response import HTTPResponse
 
+from jaxserve.body_fields import as_object, flag
 from jaxserve.errors import RequestError
 from jaxserve.frontend import Frontend
 from jaxserve.server import bodies
-from jaxserve.server.call import checked, submitted
+from jaxserve.server.call import submitted
 from jaxserve.server.pooling import complete
 
 blueprint = Blueprint("scoring")
@@ -30,17 +31,14 @@ SAMPLING = {
 
 @blueprint.post("/v1/score")
 async def score(request: Request) -> HTTPResponse:
-    body, frontend = bodies.read_json(request), request.app.ctx.frontend
-    if not isinstance(body, Mapping):
-        raise RequestError("the body must be a JSON object")
+    body, frontend = as_object(bodies.read_json(request)), request.app.ctx.frontend
+    is_softmax = flag(body, "apply_softmax")
     request.transport.resume_reading()  # as in generate.py
     native = _native_body(body, frontend)
     async with submitted(request, native, frontend.prepare_own) as (answers, changed):
-        check = checked if frontend.info.embedding is None else complete
-        finished = [check(answer, frontend) async for answer in answers.follow(changed)]
+        finished = [complete(answer, frontend) async for answer in answers.follow(changed)]
     in_order = answers.in_order(finished)
     num_tokens = sum(answer["meta_info"]["prompt_tokens"] for answer in in_order)
-    is_softmax = _flag(body, "apply_softmax")
     return bodies.json(
         {
             "scores": [_scores(answer, is_softmax) for answer in in_order],
@@ -64,7 +62,7 @@ def _native_body(body: Mapping[str, Any], frontend: Frontend) -> dict[str, Any]:
             "one",
             param="items",
         )
-    prompts = [one + query if _flag(body, "item_first") else query + one for one in items]
+    prompts = [one + query if flag(body, "item_first") else query + one for one in items]
     native = {"text" if kind is str else "input_ids": prompts}
     if frontend.info.embedding is not None:
         return native
@@ -79,25 +77,17 @@ def _native_body(body: Mapping[str, Any], frontend: Frontend) -> dict[str, Any]:
     return native | logprobs | {"sampling_params": SAMPLING}
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise RequestError(f"{name} must be a boolean, got {value!r}", param=name)
-    return bool(value)
-
-
 def _scores(answer: Mapping[str, Any], is_softmax: bool) -> list[float]:
     """Of a model that predicts tokens: probabilities, among all tokens or among the labels."""
     if "embedding" in answer:
         return _softmax(answer["embedding"]) if is_softmax else answer["embedding"]
-    reason = answer["meta_info"]["finish_reason"]
-    if reason["type"] == "abort":
-        raise RequestError(reason["message"], status=503)
     (first,) = answer["meta_info"]["output_token_ids_logprobs"]
     logprobs = [logprob for logprob, *_ in first]
     return _softmax(logprobs) if is_softmax else [math.exp(one) for one in logprobs]
 
 
 def _softmax(values: Sequence[float]) -> list[float]:
-    exponentials = [math.exp(value - max(values)) for value in values]
-    return [one / sum(exponentials) for one in exponentials]
+    most = max(values)
+    exponentials = [math.exp(value - most) for value in values]
+    total = sum(exponentials)
+    return [one / total for one in exponentials]

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from sanic import Blueprint, Request
 from sanic.response import HTTPResponse, raw
 
-from jaxserve import weight_request
+from jaxserve import body_fields, weight_request
 from jaxserve.errors import RequestError
 from jaxserve.server import bodies
 from jaxserve.server.control import refuse_other_sites
@@ -58,7 +58,7 @@ async def update_weight_version(request: Request) -> HTTPResponse:
     label = weight_request.version(body, "new_version")
     if label is None:
         raise RequestError("new_version is required", param="new_version")
-    aborts = weight_request.flag(body, "abort_all_requests", True)
+    aborts = body_fields.flag(body, "abort_all_requests", True)
     answer = await _call(
         request, "update_weight_version", new_version=label, abort_all_requests=aborts
     )
@@ -70,7 +70,7 @@ async def get_weights_by_name(request: Request) -> HTTPResponse:
     """The first `truncate_size` rows of a parameter, by its name in the checkpoint. The engine
     has written them as JSON already."""
     body = _query(request) | bodies.read_optional(request)
-    name, rows = body.get("name"), weight_request.integer(body, "truncate_size", 100)
+    name, rows = body.get("name"), body_fields.integer(body, "truncate_size", 100)
     if not isinstance(name, str):
         raise RequestError("name must be a string", param="name")
     if rows < 1:
