@@ -41,15 +41,16 @@ def compile_programs(
       pooling: of a model that answers with vectors: no program decodes or samples then.
       deterministic: what a request gets depends on it alone, to the bit (`BatchInvariant`).
     """
-    leaves, treedef = jax.tree.flatten(abstract)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     weights = tuple(
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in leaves
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for leaf in jax.tree.leaves(abstract)
     )
-    merge, state = functools.partial(_merge, graphdef, treedef), jax.eval_shape(shape.create)
+    merge = programs.merger(graphdef, abstract, deterministic=deterministic)
+    state = jax.eval_shape(shape.create)
     attention, compiler_options = None, None  # the best for the device, and XLA's own
     if deterministic:
-        merge, attention = batch_invariant.wrap(merge), batch_invariant.ATTENTION
+        attention = batch_invariant.ATTENTION
         compiler_options = batch_invariant.COMPILER_OPTIONS
     jobs = _jobs(merge, attention, weights, state, buckets, PATCH_HEADER + shape.pages_per_row)
     if pooling is None:
@@ -63,10 +64,6 @@ def working_bytes(compiled: Programs) -> int:
     """Of the device's memory that the hungriest program takes while it runs, beside the weights
     and the state."""
     return max(_working_bytes(program) for program in compiled.values())
-
-
-def _merge(graphdef, treedef, weights: tuple[jax.Array, ...]):
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
 
 
 def _jobs(

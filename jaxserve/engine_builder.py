@@ -17,12 +17,7 @@ from jaxserve.buckets import Buckets
 from jaxserve.compile_counter import CompileCounter
 from jaxserve.config import EngineConfig
 from jaxserve.engine_core import EngineCore
-from jaxserve.memory_plan import (
-    MemoryPlan,
-    device_memory,
-    pages_per_row,
-    plan_memory,
-)
+from jaxserve.memory_plan import MemoryPlan, device_memory, pages_per_row, plan_memory
 from jaxserve.messages import EmbeddingInfo, EngineInfo
 from jaxserve.model_loader import ModelFiles, num_bytes
 from jaxserve.models import batch_invariant
@@ -126,7 +121,6 @@ def _build(
     )
     logger.info("%s", memory)
     shape = _state_shape(config, files, sizes, buckets, memory.num_pages)
-
     runner = build_runner(
         model,
         functools.partial(load_weights, config, files, abstract, memory, params, stopwatch),

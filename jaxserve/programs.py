@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int32, Num
 
 from jaxserve import sampling as sampling_ops
-from jaxserve.models.batch_invariant import rowwise
+from jaxserve.models.batch_invariant import BatchInvariant, rowwise
 from jaxserve.models.heads import vectors_of
 from jaxserve.models.interface import CausalLM, Embedder
 from jaxserve.models.paged_attention import PagedAttention
@@ -34,6 +35,17 @@ from pallas_kernels.attention import RaggedBatch, ragged
 
 Weights = tuple[jax.Array, ...]
 Merge = Callable[[Weights], CausalLM | Embedder]  # flat weights to a model
+
+
+def merger(graphdef: nnx.GraphDef, abstract: nnx.State, *, deterministic: bool) -> Merge:
+    """Of a model's parameters (`create_model`), as flat as `jax.tree.leaves` has them."""
+    treedef = jax.tree.structure(abstract)
+
+    def merge(weights: Weights) -> CausalLM | Embedder:
+        model = nnx.merge(graphdef, jax.tree.unflatten(treedef, weights))
+        return BatchInvariant(model) if deterministic else model
+
+    return merge
 
 
 def patch(num_lines: int, state: State, upload: Int32[Array, " packed"]) -> State:

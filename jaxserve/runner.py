@@ -101,10 +101,10 @@ class Runner:
             upload = ints(plan.copies).reshape(-1, 3)
             self._run("copy_pages", len(upload), upload=upload)
         if plan.kind == "extend":
-            self._run("extend", plan.num_tokens, plan.num_rows, True, upload=ints(plan.forward))
-            if ("accumulate", plan.num_tokens, plan.num_rows) in self._programs:
-                sizes = plan.num_tokens, plan.num_rows
-                self._run("accumulate", *sizes, upload=ints(plan.forward))
+            sizes, upload = (plan.num_tokens, plan.num_rows), jax.device_put(ints(plan.forward))
+            self._run("extend", *sizes, True, upload=upload)
+            if ("accumulate", *sizes) in self._programs:
+                self._run("accumulate", *sizes, upload=upload)
             kind = ("pool",) if plan.sampler == "pool" else ("sample", plan.sampler)
             self._run(*kind, plan.num_rows, True)
         else:
@@ -158,7 +158,7 @@ class Runner:
             for piece in _pieces(lines, self._score_size, padding)
         ]
 
-    def _run(self, *key, upload: np.ndarray | None = None) -> None:
+    def _run(self, *key, upload: np.ndarray | jax.Array | None = None) -> None:
         """Runs a program on the state; a last True in the key says that it wants the weights."""
         needs_weights = key[-1] is True
         arguments = (self._weights, self._state) if needs_weights else (self._state,)

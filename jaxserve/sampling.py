@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from jaxserve.models import scores
 from jaxserve.step_plan import EXTRAS_PARTS, NO_TOKEN, TOPS_PARTS
 
 NEVER = -jnp.inf
@@ -100,13 +101,8 @@ def adjust(
 
 
 def scale(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
-    """By each row's temperature, so that the best is 0; differences of greedy rows stay.
-
-    A compiler may round a division in two ways in one program. Of a score far from 0 the softmax
-    would take one from the other: at 1e7 they are 1 apart.
-    """
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]
+    """By each row's temperature, so that the best is 0; differences of greedy rows stay."""
+    return scores.scale(logits, jnp.where(rows.temperature > 0, rows.temperature, 1))
 
 
 def draw(

@@ -25,7 +25,6 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from jaxserve import programs
 from jaxserve.models import batch_invariant
-from jaxserve.models.batch_invariant import BatchInvariant
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.fuse import fuse, is_fused, named_tensors
 from jaxserve.models.registry import create_model
@@ -226,10 +225,10 @@ class Step:
 
         return jax.lax.scan(one, state, length=num_steps)
 
-    def _merge(self, weights: tuple[jax.Array, ...]):
-        treedef = jax.tree.structure(self.abstract_params)
-        model = nnx.merge(self.graphdef, jax.tree.unflatten(treedef, weights))
-        return BatchInvariant(model) if self.deterministic else model
+    @property
+    def _merge(self) -> programs.Merge:
+        options = {"deterministic": self.deterministic}
+        return programs.merger(self.graphdef, self.abstract_params, **options)
 
     def _output(self, state: State, draws: jax.Array) -> StepOutput:
         tokens, finish, bits = state.out[0, : self.shape.max_rows].T

@@ -59,11 +59,6 @@ def check(platform: str, option: str) -> None:
         )
 
 
-def wrap(merge: Callable[..., Embedder]) -> Callable[..., Embedder]:
-    """Of a function that makes a model, one that makes it invariant."""
-    return lambda weights: BatchInvariant(merge(weights))
-
-
 def rowwise(model: Embedder, function: Callable[..., Any], *rows: Any) -> Any:
     """`function(*rows)`, of arrays whose rows have nothing to do with each other; as invariant as
     the model is."""

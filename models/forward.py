@@ -8,6 +8,7 @@ from jaxserve.models.batch_invariant import ATTENTION, BatchInvariant
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.interface import CausalAttention, CausalLM
 from jaxserve.models.paged_attention import PagedAttention
+from jaxserve.models.scores import scale
 from pallas_kernels.attention import RaggedBatch, empty_kv_cache, kv_cache_shape
 from pallas_kernels.fixed_tiles import in_tiles
 
@@ -93,16 +94,10 @@ def _logprobs_by_tiles(model: CausalLM, config: ModelConfig, tokens, temperature
         jnp.tile(position, num_rows),
         _paged_attention(config, jax.tree.leaves(model)[0].dtype, num_rows, length),
     )
-    scores = invariant.logits(hidden)
-    scaled = in_tiles(_scale, scores, jnp.repeat(temperature, length))
+    scaled = in_tiles(scale, invariant.logits(hidden), jnp.repeat(temperature, length))
     logprobs = in_tiles(jax.nn.log_softmax, scaled)
     chosen = jnp.take_along_axis(logprobs, tokens[:, 1:].reshape(-1, 1), axis=-1)
     return chosen.reshape(num_rows, length)
-
-
-def _scale(scores: Float[Array, "T V"], temperature: Float[Array, " T"]) -> Float[Array, "T V"]:
-    """As the sampler: the best is 0, so that the softmax does not hang on how a quotient rounds."""
-    return (scores - scores.max(axis=-1, keepdims=True)) / temperature[:, None]
 
 
 def _paged_attention(config: ModelConfig, dtype, num_rows: int, length: int) -> PagedAttention:
