@@ -56,16 +56,19 @@ def is_pooled(architecture: str) -> bool:
 
 
 def head_of(architecture: str) -> HeadKind | None:
-    endings = (ending for ending in POOLED_ENDINGS if architecture.endswith(ending))
-    return POOLED_ENDINGS[max(endings, key=len)] if is_pooled(architecture) else None
+    return POOLED_ENDINGS[_pooled_ending(architecture)] if is_pooled(architecture) else None
 
 
 def decoder_of(architecture: str) -> str:
     """The architecture that predicts tokens with the same backbone."""
-    for ending in sorted(POOLED_ENDINGS, key=len, reverse=True):
-        if architecture.endswith(ending):
-            return architecture.removesuffix(ending) + "ForCausalLM"
-    return architecture
+    ending = _pooled_ending(architecture)
+    return architecture.removesuffix(ending) + "ForCausalLM" if ending else architecture
+
+
+def _pooled_ending(architecture: str) -> str | None:
+    """`RewardModel` ends with `Model` too: the longest."""
+    endings = (ending for ending in POOLED_ENDINGS if architecture.endswith(ending))
+    return max(endings, key=len, default=None)
 
 
 def model_class(architecture: str) -> type[nnx.Module]:
