@@ -6,30 +6,14 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
+import shapes
 
-MODELS = {
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "llama-3.1-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "rope_theta": 500000.0,
-    },
-}
+MODELS = {name: shapes.MODELS[name] for name in ("tiny", "llama-3.1-8b")}
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",

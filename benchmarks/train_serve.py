@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from step import MODELS  # the file beside this one
+from shapes import MODELS  # the file beside this one
 
 from jaxserve import Engine
 from jaxserve.models.batch_invariant import COMPILER_OPTIONS

@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     import jax
 
     from jaxserve.converter import convert
+    from jaxserve.memory_plan import format_bytes
 
     jax.config.update("jax_platforms", "cpu")  # an accelerator is somebody else's
     began = time.perf_counter()
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         bar.close()
     seconds = time.perf_counter() - began
-    print(f"{options.target}: {to}, {size / 1e9:.2f} GB in {seconds:.1f} s")
+    print(f"{options.target}: {to}, {format_bytes(size)} in {seconds:.1f} s")
     return 0
 
 

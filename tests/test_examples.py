@@ -2,9 +2,10 @@
 
 import pathlib
 import re
-import socket
 import subprocess
 import sys
+
+from tests.server.serving import free_port
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples"
 
@@ -28,9 +29,8 @@ def test_rollout_compiles_nothing_after_the_first_iteration():
 
 
 def test_answers_improve_while_a_server_is_reloaded():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    found = run("train_and_reload.py", "--rounds", "3", "--steps", "5", "--port", str(port))
+    port = str(free_port())
+    found = run("train_and_reload.py", "--rounds", "3", "--steps", "5", "--port", port)
     right = [int(count) for count in re.findall(r"(\d) of 6 right", found)]
     assert right[0] == 0 and right[-1] == 6 and len(right) == 4
     assert found.count("reloaded in") == 3

@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -34,6 +35,11 @@ GREEDY = {"temperature": 0.0}
 def programs_folder(config: pytest.Config) -> str:
     """Where all tests keep compiled programs, from one run of pytest to the next."""
     return str(config.cache.mkdir("jaxserve-programs"))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
 def flags(**options: Any) -> list[str]:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import pathlib
-import socket
 
 import jax
 import machine
@@ -17,7 +16,7 @@ from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.registry import create_model
 from jaxserve.models.weights import load_params
-from tests.server.serving import programs_folder
+from tests.server.serving import free_port, programs_folder
 
 TINY = random_checkpoint.LLAMA | random_checkpoint.MODELS["tiny"]
 
@@ -61,13 +60,11 @@ def test_figures_of_a_running_server(weights_client, demo, demo_weights):
 
 
 def test_figures_of_a_start(folder, pytestconfig):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        unused_port = probe.getsockname()[1]
     flags = "--max-running-requests 1 --chunked-prefill-size 16 --context-length 64"
     options = argparse.Namespace(
         folder=folder,
         cache=programs_folder(pytestconfig),
-        port=unused_port,
+        port=free_port(),
         server_args=[*flags.split(), "--max-total-tokens", "64"],
     )
     found = start.start(options)
