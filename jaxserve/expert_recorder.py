@@ -48,6 +48,7 @@ class ExpertRecorder:
         if self.is_on:
             logger.warning("The expert distribution is recorded already: beginning anew.")
         self._reset()
+        logger.info("Resetting expert distribution record...")
         self.is_on = True
 
     def stop(self) -> None:
@@ -74,6 +75,7 @@ class ExpertRecorder:
         """Forgets what it has, but for a function that writes it to a file and returns which."""
         info, passes, total = self._info, list(self._passes), self._total
         self._reset()
+        logger.info("Resetting expert distribution record...")
         if self._mode is None:
             self.is_on = False
             return lambda: expert_files.write_counts(total)
@@ -86,7 +88,6 @@ class ExpertRecorder:
         return lambda: expert_files.write_statistics(stacked)
 
     def _reset(self) -> None:
-        logger.info("Resetting expert distribution record...")
         self._passes: collections.deque = collections.deque(maxlen=self._most_passes)
         self._total = np.zeros((self._info.num_layers, self._info.num_experts), np.int64)
 
