@@ -75,7 +75,7 @@ def _jobs(
     for lines in buckets.patch_lines:
         size = lines * patch_width + len(state.batch)
         jobs["patch", lines] = (partial(programs.patch, lines), (state, _upload(size)), (0,))
-    for count in buckets.copies:
+    for count in buckets.copies if state.kv is not None else ():
         jobs["copy_pages", count] = (programs.copy_pages, (state, _upload(count, 3)), (0,))
     for tokens, rows in buckets.extend_shapes():
         function = partial(programs.extend, merge, attention, tokens, rows)

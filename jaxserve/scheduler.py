@@ -38,6 +38,7 @@ class Scheduler:
         page_size: int,
         max_rows: int,
         max_prefill_tokens: int,
+        may_chunk: bool = True,
         num_decode_steps: int = 1,
         policy: Policy = "fcfs",
         max_waiting: int | None = None,
@@ -46,6 +47,8 @@ class Scheduler:
         """Without a cache, no request uses what another has computed.
 
         Args:
+          may_chunk: a prompt may take several steps. Where it may not, none has more tokens than
+            `max_prefill_tokens`.
           num_decode_steps: in one dispatch, while no prompt is being computed.
           max_waiting: requests beyond which new ones are refused.
         """
@@ -56,6 +59,7 @@ class Scheduler:
         self.running: list[LiveRequest] = []  # in order of admission
         self.num_retractions = 0
         self._page_size, self._max_prefill_tokens = page_size, max_prefill_tokens
+        self._may_chunk = may_chunk
         self._num_decode_steps, self._policy = num_decode_steps, policy
         self._max_waiting = max_waiting
         self._estimate = OutputEstimate(conservativeness)
@@ -345,6 +349,8 @@ class Scheduler:
                 continue
             start = live.num_computed
             tokens = live.tokens[start : start + budget]
+            if not self._may_chunk and len(tokens) < live.prefill_len - start:
+                continue  # the oldest of those left out has the whole next step
             budget -= len(tokens)
             live.num_computed += len(tokens)
             num_samples = 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 PoolingMode = Literal["last", "cls", "mean", "max"]  # cls: the first token
-HeadKind = Literal["score", "reward"]
+HeadKind = Literal["score", "reward", "classifier"]  # the last one of an encoder
 ReadText = Callable[[pathlib.Path], str]
 
 MODULES_FILE = "modules.json"
@@ -31,6 +31,7 @@ class PoolingConfig:
     is_bare: bool = False  # its tensors have no `model.` before their names
     # Sizes that a vector may be cut to (matryoshka); empty: any; None: only its own.
     dimensions: tuple[int, ...] | None = None
+    labels: tuple[str, ...] = ()  # of the scores, as config.json calls them
 
     @property
     def needs_all_tokens(self) -> bool:
@@ -46,18 +47,23 @@ class PoolingConfig:
         hidden_size: int,
         head: HeadKind | None,
         is_bare: bool = False,
+        default_mode: PoolingMode = "last",
         read_text: ReadText = pathlib.Path.read_text,
     ) -> "PoolingConfig":
-        """Of a model's folder and its config.json. Without files of sentence-transformers, the last
-        token's hidden state, normalized.
+        """Of a model's folder and its config.json. Without files of sentence-transformers, the
+        hidden state of one token, normalized; a head's scores are always of that token.
+
+        Args:
+          default_mode: "cls" of an encoder, whose first token sees the whole text too.
 
         Raises:
           ValueError: the files are no such files, or ask for what is not served; names the file.
         """
         if head is not None:
             size = _num_labels(raw, head)
-            return cls(size, is_normalized=False, head=head, is_bare=is_bare)
-        mode, is_normalized = _read_modules(pathlib.Path(folder), read_text)
+            labels = _labels(raw, size)
+            return cls(size, default_mode, is_normalized=False, head=head, labels=labels)
+        mode, is_normalized = _read_modules(pathlib.Path(folder), default_mode, read_text)
         return cls(
             hidden_size,
             mode,
@@ -78,6 +84,12 @@ def _num_labels(raw: Mapping[str, Any], head: HeadKind) -> int:
     return count
 
 
+def _labels(raw: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    named = raw.get("id2label")
+    named = named if isinstance(named, dict) else {}
+    return tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(count))
+
+
 def _dimensions(raw: Mapping[str, Any], hidden_size: int) -> tuple[int, ...] | None:
     listed = raw.get("matryoshka_dimensions")
     if listed is None:
@@ -90,17 +102,19 @@ def _dimensions(raw: Mapping[str, Any], hidden_size: int) -> tuple[int, ...] | N
     return tuple(listed)
 
 
-def _read_modules(folder: pathlib.Path, read_text: ReadText) -> tuple[PoolingMode, bool]:
+def _read_modules(
+    folder: pathlib.Path, default_mode: PoolingMode, read_text: ReadText
+) -> tuple[PoolingMode, bool]:
     """The mode, and whether vectors are normalized."""
     path = folder / MODULES_FILE
     if not path.exists():
-        return "last", True
+        return default_mode, True
     modules = _read_json(path, list, read_text)
     kinds = [str(one.get("type")).rpartition(".")[2] for one in modules if isinstance(one, dict)]
     unknown = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})
     if unknown or len(kinds) != len(modules) or kinds.count("Pooling") > 1:
         raise ValueError(f"{path}: modules {kinds} are not served, only one Pooling and Normalize")
-    mode: PoolingMode = "last"
+    mode = default_mode
     if "Pooling" in kinds:
         name = str(modules[kinds.index("Pooling")].get("path"))
         if pathlib.PurePath(name).name != name:

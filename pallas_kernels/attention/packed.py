@@ -1,4 +1,4 @@
-"""Bidirectional attention of packed rows: a token sees all tokens of its own row, nothing is cached.
+"""Bidirectional attention of packed rows: a token sees all of its own row, nothing is cached.
 
 "reference" is the meaning: one matrix of T * T scores. "tiles" costs each row its own square, in
 blocks of bounded size.
