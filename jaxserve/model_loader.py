@@ -163,7 +163,7 @@ def _find_pooling(
         hidden_size=model.hidden_size,
         head=head,
         is_bare=is_bare,
-        default_mode="last" if model.encoder is None else "cls",
+        is_whole=model.encoder is not None,
     )
 
 

@@ -211,7 +211,10 @@ def pool(
         count = state.seq_len[rows, None] if pooling.mode == "mean" else 1
         hidden = state.pooled[rows] / jnp.maximum(count, 1)
     else:
-        hidden = state.hidden[state.sampling_tokens[:num_rows]]
+        tokens = state.sampling_tokens[:num_rows]
+        if pooling.mode == "cls":  # all of the text is in this step
+            tokens = tokens - (state.seq_len[rows] - 1)
+        hidden = state.hidden[tokens]
     model = merge(weights)
     vectors = rowwise(model, functools.partial(vectors_of, model, pooling), hidden)
     finish = jnp.where(jnp.isfinite(vectors).all(axis=-1), OUT_OF_LENGTH, NOT_FINITE)

@@ -32,11 +32,13 @@ class PoolingConfig:
     # Sizes that a vector may be cut to (matryoshka); empty: any; None: only its own.
     dimensions: tuple[int, ...] | None = None
     labels: tuple[str, ...] = ()  # of the scores, as config.json calls them
+    is_whole: bool = False  # an encoder's texts, each of them computed in one step
 
     @property
     def needs_all_tokens(self) -> bool:
-        """Every token of a text must pass by: none may come from a prefix cache."""
-        return self.mode != "last"
+        """Every token of a text must pass by, step after step: none may come from a prefix
+        cache."""
+        return self.mode != "last" and not (self.mode == "cls" and self.is_whole)
 
     @classmethod
     def of(
@@ -47,29 +49,29 @@ class PoolingConfig:
         hidden_size: int,
         head: HeadKind | None,
         is_bare: bool = False,
-        default_mode: PoolingMode = "last",
+        is_whole: bool = False,
         read_text: ReadText = pathlib.Path.read_text,
     ) -> "PoolingConfig":
         """Of a model's folder and its config.json. Without files of sentence-transformers, the
-        hidden state of one token, normalized; a head's scores are always of that token.
-
-        Args:
-          default_mode: "cls" of an encoder, whose first token sees the whole text too.
+        hidden state of one token, normalized: the last one, or the first of an encoder, where it
+        sees the whole text too. A head's scores are always of that token.
 
         Raises:
           ValueError: the files are no such files, or ask for what is not served; names the file.
         """
+        default_mode: PoolingMode = "cls" if is_whole else "last"
+        shared = {"is_bare": is_bare, "is_whole": is_whole}
         if head is not None:
             size = _num_labels(raw, head)
             labels = _labels(raw, size)
-            return cls(size, default_mode, is_normalized=False, head=head, labels=labels)
+            return cls(size, default_mode, False, head=head, labels=labels, **shared)
         mode, is_normalized = _read_modules(pathlib.Path(folder), default_mode, read_text)
         return cls(
             hidden_size,
             mode,
             is_normalized,
-            is_bare=is_bare,
             dimensions=_dimensions(raw, hidden_size),
+            **shared,
         )
 
 

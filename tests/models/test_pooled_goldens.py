@@ -9,6 +9,7 @@ import pytest
 
 from jaxserve import Engine
 from tests.golden.pooled.cases import CASES, NUM_SHARED, Case
+from tests.golden.pooled.encoders import ENCODER_CASES
 from tests.golden.pooled.golden import FOLDER, Golden, read_golden
 from tests.server.serving import programs_folder
 
@@ -112,4 +113,5 @@ def test_behind_a_cached_prefix(case, golden, engine, steps):
 
 
 def test_every_case_has_a_golden_and_every_golden_a_case():
-    assert sorted(case.name for case in CASES) == sorted(path.stem for path in FOLDER.glob("*.npz"))
+    cases = [*CASES, *ENCODER_CASES]
+    assert sorted(case.name for case in cases) == sorted(path.stem for path in FOLDER.glob("*.npz"))
