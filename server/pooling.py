@@ -37,9 +37,7 @@ async def embeddings(request: Request) -> HTTPResponse:
             f"encoding_format must be one of {', '.join(ENCODING_FORMATS)}, got {encoding!r}",
             param="encoding_format",
         )
-    answers, finished = await _encode(request, _native_body(body))
-    in_order = answers.in_order(finished)
-    in_order = in_order if isinstance(in_order, list) else [in_order]
+    in_order = await encode_all(request, native_body(body))
     num_tokens = sum(answer["meta_info"]["prompt_tokens"] for answer in in_order)
     return bodies.json(
         {
@@ -49,6 +47,13 @@ async def embeddings(request: Request) -> HTTPResponse:
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
     )
+
+
+async def encode_all(request: Request, body: Any) -> list[dict[str, Any]]:
+    """The answers to a body of /encode, in order, a list even of one."""
+    answers, finished = await _encode(request, body)
+    in_order = answers.in_order(finished)
+    return in_order if isinstance(in_order, list) else [in_order]
 
 
 async def _encode(request: Request, body: Any) -> tuple[Answers, list[dict[str, Any]]]:
@@ -69,13 +74,14 @@ def complete(answer: dict[str, Any], frontend: Frontend) -> dict[str, Any]:
     raise RequestError(reason["message"], status=503, headers=retry_headers(503, frontend))
 
 
-def _native_body(body: Mapping[str, Any]) -> dict[str, Any]:
+def native_body(body: Mapping[str, Any]) -> dict[str, Any]:
     """The body that /encode would have."""
     given = body.get("input")
     first = given[0] if isinstance(given, list) and given else given
     if given is None or given == [] or not isinstance(first, str | int | list):
         raise RequestError("input must be a string, token ids, or a list of either", param="input")
-    name = "text" if isinstance(first, str) else "input_ids"
+    is_pair = isinstance(first, list) and bool(first) and isinstance(first[0], str)
+    name = "text" if is_pair or isinstance(first, str) else "input_ids"
     kept = ("dimensions", "rid", "priority", "extra_key", "cache_salt")
     return {name: given} | {key: body[key] for key in kept if key in body}
 

@@ -62,6 +62,9 @@ def _native_body(body: Mapping[str, Any], frontend: Frontend) -> dict[str, Any]:
             "one",
             param="items",
         )
+    if frontend.info.is_cross_encoder and kind is str:
+        is_turned = flag(body, "item_first")
+        return {"text": [[one, query] if is_turned else [query, one] for one in items]}
     prompts = [one + query if flag(body, "item_first") else query + one for one in items]
     native = {"text" if kind is str else "input_ids": prompts}
     if frontend.info.embedding is not None:
@@ -80,13 +83,13 @@ def _native_body(body: Mapping[str, Any], frontend: Frontend) -> dict[str, Any]:
 def _scores(answer: Mapping[str, Any], is_softmax: bool) -> list[float]:
     """Of a model that predicts tokens: probabilities, among all tokens or among the labels."""
     if "embedding" in answer:
-        return _softmax(answer["embedding"]) if is_softmax else answer["embedding"]
+        return softmax(answer["embedding"]) if is_softmax else answer["embedding"]
     (first,) = answer["meta_info"]["output_token_ids_logprobs"]
     logprobs = [logprob for logprob, *_ in first]
-    return _softmax(logprobs) if is_softmax else [math.exp(one) for one in logprobs]
+    return softmax(logprobs) if is_softmax else [math.exp(one) for one in logprobs]
 
 
-def _softmax(values: Sequence[float]) -> list[float]:
+def softmax(values: Sequence[float]) -> list[float]:
     most = max(values)
     exponentials = [math.exp(value - most) for value in values]
     total = sum(exponentials)

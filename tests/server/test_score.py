@@ -98,6 +98,25 @@ def test_scores_of_a_classifier_are_what_it_says(reward_client):
     np.testing.assert_allclose(shares, softmax(found), rtol=1e-5)
 
 
+def test_probabilities_of_three_labels_and_no_reranking(reward_client, client):
+    texts = [QUERY + item for item in ITEMS]
+    answer = reward_client.post("/v1/classify", json={"input": texts}).json()
+    shares = score(reward_client, apply_softmax=True)
+    assert [one["index"] for one in answer["data"]] == [0, 1, 2]
+    for one, row in zip(answer["data"], shares, strict=True):
+        np.testing.assert_allclose(one["probs"], row, rtol=1e-5)
+        assert one["label"] == f"LABEL_{np.argmax(row)}" and one["num_classes"] == 3
+    ranking = {"query": QUERY, "documents": ITEMS}
+    for other, path, body, words in [
+        (reward_client, "/v1/rerank", ranking, "is no cross-encoder"),
+        (client, "/v1/rerank", ranking, "is no cross-encoder"),
+        (client, "/v1/classify", {"input": "a"}, "has no labels"),
+    ]:
+        response = other.post(path, json=body)
+        print(response.text)
+        assert response.status_code == 400 and words in response.json()["error"]["message"]
+
+
 def test_reward_cell_of_the_page(reward_client):
     """Two conversations in one call, in their order; the second one's prompt is cached once the
     first has been scored."""
