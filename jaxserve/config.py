@@ -119,7 +119,7 @@ class EngineConfig:
     chunked_prefill_size: int | None = option(
         None,
         group=MEMORY,
-        help="most prompt tokens in a step; longer prompts take several "
+        help="most prompt tokens in a step; longer prompts take several, but an encoder's raise it "
         "(default: 512 on a CPU, 8192 elsewhere)",
     )
     max_prefill_tokens: int = option(
