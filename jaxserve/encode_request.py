@@ -111,11 +111,11 @@ def _pairs(body: Mapping[str, Any]) -> tuple[list[list[str]] | None, bool]:
     which only `is_cross_encoder_request` tells from two texts."""
     text, is_asked = body.get("text"), flag(body, "is_cross_encoder_request")
     is_list = isinstance(text, list) and bool(text)
-    is_one = is_asked and is_list and isinstance(text[0], str)
-    pairs = [text] if is_one else text
-    if not is_asked and not (is_list and isinstance(text[0], list)):
+    if not is_asked and not (is_list and isinstance(text[0], list | tuple)):
         return None, False
-    if text is None or not is_list or not all(map(_is_pair, pairs)):
+    is_one = is_list and isinstance(text[0], str)
+    pairs = [text] if is_one else text
+    if not is_list or not all(map(_is_pair, pairs)):
         raise RequestError(
             "text must be a list of pairs, [query, document], or without is_cross_encoder_request "
             "a string or a list of strings",
@@ -125,7 +125,8 @@ def _pairs(body: Mapping[str, Any]) -> tuple[list[list[str]] | None, bool]:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(x, str) for x in value)
+    is_two = isinstance(value, list | tuple) and len(value) == 2
+    return is_two and all(isinstance(one, str) for one in value)
 
 
 def _dimensions(body: Mapping[str, Any]) -> int | None:
