@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pallas_kernels import moe
 from pallas_kernels.moe.dispatch import BLOCK, make_dispatch
 
-IMPLEMENTATIONS = ["reference", "triton-interpret"]
+IMPLEMENTATIONS = ["reference", "triton-interpret", "mosaic-tpu-interpret"]
 if jax.default_backend() == "gpu":
     IMPLEMENTATIONS.append("triton")
 
