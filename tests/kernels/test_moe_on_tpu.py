@@ -15,6 +15,7 @@ from pallas_kernels import moe
 from pallas_kernels.moe import mosaic_tpu
 from pallas_kernels.moe.dispatch import make_dispatch
 
+make_dispatch = jax.jit(make_dispatch, static_argnums=(2, 3))
 MIB = 1 << 20
 # Kinds by JAX's names; MiB of VMEM.
 CHIPS = {
@@ -77,7 +78,7 @@ def test_no_token_reads_no_more_than_a_block_of_one_expert():
 def test_two_cores_that_share_the_features_do_not_race(monkeypatch):
     """As the two of a v4 or a v5p do; memory that nobody has written holds NaN."""
     num_experts, num_features, depth = 3, 256, 160
-    dispatch = make_dispatch(choose(4, 2, num_experts), None, num_experts, tile_size=8)
+    dispatch = make_dispatch(choose(4, 2, num_experts), None, num_experts, 8)
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((dispatch.pair.size, depth)).astype(np.float32)
     weights = rng.standard_normal((num_experts, 1, num_features, depth)).astype(np.float32)
