@@ -3,7 +3,7 @@
 import concurrent.futures
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -81,7 +81,16 @@ def _jobs(
         function = partial(programs.extend, merge, attention, tokens, rows)
         arguments = (weights, state, _upload(3 * rows + tokens))
         jobs["extend", tokens, rows, True] = (function, arguments, (1,))
+    if state.expert_ids is not None:
+        for tokens in {*buckets.extend_tokens, *_decoded_tokens(buckets)}:
+            function = partial(programs.peek_experts, tokens)
+            jobs["peek_experts", tokens] = (function, (state.expert_ids,), ())
     return jobs
+
+
+def _decoded_tokens(buckets: Buckets) -> Iterator[int]:
+    """How many tokens a decode dispatch runs over."""
+    return (rows * steps for rows in buckets.decode_rows for steps in buckets.decode_steps)
 
 
 def _sampling_jobs(

@@ -172,6 +172,17 @@ class EngineConfig:
         1, group=API, help="tokens from one event of a stream to the next"
     )
 
+    expert_distribution_recorder_mode: str | None = option(
+        None,
+        group=LOGS,
+        choices=("stat", "per_pass", "per_token"),
+        help="what /dump_expert_distribution_record writes, as safetensors in the folder "
+        "$SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR (/tmp): counts of each forward pass, or every "
+        "token's experts (default: all counts together, as a CSV in the working directory)",
+    )
+    expert_distribution_recorder_buffer_size: int = option(
+        1000, group=LOGS, help="forward passes that a mode keeps, the latest ones; -1 keeps all"
+    )
     record_plans: str | None = option(
         None,
         group=LOGS,
@@ -230,6 +241,7 @@ _RANGES = (
     ("num_continuous_decode_steps", 1, 64),
     ("stream_interval", 1, _MOST),
     ("decode_log_interval", 1, _MOST),
+    ("expert_distribution_recorder_buffer_size", -1, _MOST),
     ("random_seed", 0, 2**63 - 1),
     ("weight_load_timeout", 0.01, _MOST),
     ("port", 0, 65535),

@@ -151,6 +151,19 @@ class Engine:
         """Empties the prefix cache; False, and nothing done, while requests are running."""
         return self._frontend.call("flush_cache").result()
 
+    def start_expert_distribution_record(self) -> None:
+        """Counts from now on how often each expert is taken, from nothing. This and the two that
+        follow raise RequestError for a model without experts."""
+        self._frontend.call("start_expert_record").result()
+
+    def stop_expert_distribution_record(self) -> None:
+        self._frontend.call("stop_expert_record").result()
+
+    def dump_expert_distribution_record(self) -> str:
+        """Writes what was counted to a file, and begins anew; returns its path. Without a mode
+        (`expert_distribution_recorder_mode`) the recording ends with it."""
+        return self._frontend.call("dump_expert_record").result()
+
     @property
     def state(self) -> ServingState:
         """Which weights serve, under which label, and whether anything is generated."""

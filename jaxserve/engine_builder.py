@@ -17,10 +17,12 @@ from jaxserve.buckets import Buckets
 from jaxserve.compile_counter import CompileCounter
 from jaxserve.config import EngineConfig
 from jaxserve.engine_core import EngineCore
+from jaxserve.expert_recorder import ExpertRecorder
 from jaxserve.memory_plan import MemoryPlan, device_memory, pages_per_row, plan_memory
-from jaxserve.messages import EmbeddingInfo, EngineInfo
+from jaxserve.messages import EmbeddingInfo, EngineInfo, ExpertInfo
 from jaxserve.model_loader import ModelFiles, num_bytes
 from jaxserve.models import batch_invariant
+from jaxserve.models.config import ModelConfig
 from jaxserve.models.pooling import PoolingConfig
 from jaxserve.models.registry import create_model
 from jaxserve.page_allocator import PageAllocator
@@ -161,7 +163,23 @@ def _build(
         ServingState.of(config),
         counter,
         recorder,
+        _expert_recorder(config, info),
     )
+
+
+def _expert_recorder(config: EngineConfig, info: EngineInfo) -> ExpertRecorder | None:
+    """Raises ValueError for a mode of a model without experts."""
+    mode, most_passes = (
+        config.expert_distribution_recorder_mode,
+        config.expert_distribution_recorder_buffer_size,
+    )
+    if info.experts is not None:
+        return ExpertRecorder(info.experts, mode, None if most_passes < 0 else most_passes)
+    if mode is not None:
+        raise ValueError(
+            f"--expert-distribution-recorder-mode {mode}: {info.architecture} has no experts"
+        )
+    return None
 
 
 def _make_scheduler(
@@ -212,6 +230,7 @@ def _engine_info(
         startup_seconds=stopwatch.total,
         startup_phases=stopwatch.seconds,
         embedding=_embedding_info(files.config.pooling),
+        experts=_expert_info(files.config),
     )
 
 
@@ -233,6 +252,19 @@ def _state_shape(
         vocab_size=model.vocab_size,
         dtype=jnp.dtype(model.dtype),
         pooled_size=model.pooling.size if model.pooling else 0,
+        num_sparse_layers=sum(model.moe.is_sparse) if model.moe else 0,
+        experts_per_token=model.moe.routing.top_k if model.moe else 0,
+    )
+
+
+def _expert_info(model: ModelConfig) -> ExpertInfo | None:
+    if model.moe is None or not any(model.moe.is_sparse):
+        return None
+    return ExpertInfo(
+        num_layers=model.num_layers,
+        sparse_layers=[i for i, is_sparse in enumerate(model.moe.is_sparse) if is_sparse],
+        num_experts=model.moe.num_experts,
+        top_k=model.moe.routing.top_k,
     )
 
 

@@ -12,6 +12,7 @@ import jax
 
 from jaxserve.compile_counter import CompileCounter
 from jaxserve.errors import EngineDied, RequestError
+from jaxserve.expert_recorder import ExpertRecorder
 from jaxserve.live_request import LiveRequest, Schedule
 from jaxserve.messages import (
     AbortRequest,
@@ -58,12 +59,14 @@ class EngineCore:
         state: ServingState,
         compile_counter: CompileCounter,
         recorder: PlanRecorder | None = None,
+        experts: ExpertRecorder | None = None,
     ):
         self.info = info
         self.abstract_params = served_weights.abstract  # their shapes
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self._plan_builder, self._runner, self._log = plan_builder, runner, log
+        self.experts = experts
         self._control = ServingControl(self, runner, loader, served_weights, state)
         self._compile_counter, self._recorder = compile_counter, recorder
         self._eos_token_ids = frozenset(info.eos_token_ids)
@@ -189,7 +192,8 @@ class EngineCore:
         if schedule is None:
             return False
         self._log.before(schedule)
-        plan = self._plan_builder.build(schedule)
+        is_recording = self.experts is not None and self.experts.is_on
+        plan = self._plan_builder.build(schedule, wants_experts=is_recording)
         if self._recorder is not None:
             self._recorder.dispatch(plan)
         fresh = self._runner.dispatch(plan)
@@ -202,7 +206,10 @@ class EngineCore:
         if self._recorder is not None:
             taken = (chunk for chunk in schedule.chunks if chunk.num_samples and not chunk.is_stale)
             self._recorder.read([chunk.live.row for chunk in taken], result.drawn)
-        return self.scheduler.update(schedule, result)
+        news = self.scheduler.update(schedule, result)
+        if self.experts is not None and self.experts.is_on:
+            self.experts.take(schedule, result.expert_ids)
+        return news
 
     def _count_failure(self, error: Exception) -> None:
         """Counts those between which the oldest request gets no token. Steps that succeed are not

@@ -140,7 +140,7 @@ class Frontend:
     ) -> Generation:
         if isinstance(parsed, EncodeRequest):
             return Embedding(request, parsed.dimensions, on_update)
-        return Generation(request, self.tokenizer, on_update)
+        return Generation(request, self.tokenizer, on_update, self.info.experts)
 
     def abandon(self, answers: Answers) -> None:
         """Aborts what still runs of a call that nobody waits for any more."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from jaxserve.body_fields import as_object, flag, refuse_unserved
+from jaxserve.body_fields import as_object, flag, integer, refuse_unserved
 from jaxserve.errors import RequestError
 from jaxserve.logprob_options import LogprobOptions, logprob_options
 from jaxserve.messages import EngineInfo
@@ -32,7 +32,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "session_id": (),
     "custom_logit_processor": (),
     "bootstrap_host": (),
-    "return_routed_experts": (False,),
     "max_thinking_tokens": (),
 }
 
@@ -49,6 +48,7 @@ class Item:
     asked_tokens: int | None = None  # max_new_tokens where the request itself names it
     priority: int = 0
     namespace: str = ""
+    experts_from: int | None = None  # the first position whose experts are wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +91,7 @@ class GenerateRequest:
         rids = _rids(body.get("rid") if num_samples == 1 else None, count, is_batch)
         logprobs = logprob_options(body, count, is_batch=is_batch, num_samples=num_samples)
         priority, namespace = _priority(body), _namespace(body)
+        experts_from = _experts_from(body)
         items = [
             Item(
                 rid=rids[i],
@@ -101,6 +102,7 @@ class GenerateRequest:
                 asked_tokens=(given[i] or {}).get("max_new_tokens"),
                 priority=priority,
                 namespace=namespace,
+                experts_from=experts_from,
             )
             for i in range(count)
         ]
@@ -163,6 +165,7 @@ def make_request(
     _check_bias(sampling, info.vocab_size)
     name = "text" if item.input_ids is None else "input_ids"
     ids = _fit(ids, name, item.asked_tokens, info, allow_auto_truncate)
+    _check_experts(item.experts_from, info, len(ids))
     room = info.max_req_len - len(ids) - 1
     wanted = room if sampling.max_new_tokens is None else sampling.max_new_tokens
     seed = sampling.sampling_seed if sampling.sampling_seed is not None else default_seed
@@ -175,6 +178,7 @@ def make_request(
         namespace=item.namespace,
         seed=secrets.randbits(64) if seed is None else seed % 2**64,
         logprobs=item.logprobs and _logprob_params(item.logprobs, len(ids), info.vocab_size),
+        experts_from=item.experts_from,
     )
 
 
@@ -214,6 +218,33 @@ def _logprob_params(options: LogprobOptions, num_tokens: int, vocab_size: int) -
             param="logprob_start_len",
         )
     return LogprobParams(start, options.top_num, options.token_ids)
+
+
+def _experts_from(body: Mapping[str, Any]) -> int | None:
+    is_wanted = flag(body, "return_routed_experts")
+    start = integer(body, "routed_experts_start_len", 0)
+    if start < 0:
+        raise RequestError(
+            f"routed_experts_start_len must not be negative, got {start}",
+            param="routed_experts_start_len",
+        )
+    return start if is_wanted else None
+
+
+def _check_experts(start: int | None, info: EngineInfo, num_tokens: int) -> None:
+    if start is None:
+        return
+    if info.experts is None:
+        raise RequestError(
+            f"return_routed_experts: {info.architecture} has no experts",
+            param="return_routed_experts",
+        )
+    if start > num_tokens:
+        raise RequestError(
+            f"routed_experts_start_len={start} is higher than the number of input tokens "
+            f"{num_tokens}",
+            param="routed_experts_start_len",
+        )
 
 
 def _check_bias(sampling: SamplingParams, vocab_size: int) -> None:

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from jaxserve.detokenizer import Detokenizer, cut_at_stop, hold_back
 from jaxserve.logprob_record import LogprobRecord
+from jaxserve.messages import ExpertInfo
 from jaxserve.request import FinishReason, Request, RequestUpdate
+from jaxserve.routed_experts import RoutedExperts
 from jaxserve.serving_state import ServingState
 from jaxserve.tokenizer import Tokenizer
 
@@ -28,7 +30,11 @@ class Generation:
     costs constant memory, and what it missed arrives in one piece."""
 
     def __init__(
-        self, request: Request, tokenizer: Tokenizer | None, on_update: Callable[[], None]
+        self,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        on_update: Callable[[], None],
+        experts: ExpertInfo | None = None,
     ):
         self.request = request
         self.progress = Progress()
@@ -36,6 +42,7 @@ class Generation:
         self._output_ids: list[int] = []  # only ever extended, as is what follows
         self._eras: list[tuple[ServingState, int]] = []  # each one's first output token
         self._logprobs = request.logprobs and LogprobRecord(request)
+        self._experts = None if request.experts_from is None else RoutedExperts(experts)
         self._on_update = on_update
         self._created = time.monotonic()
         self._first_sent: float | None = None
@@ -80,6 +87,8 @@ class Generation:
         self._output_ids += update.token_ids
         if self._logprobs is not None:
             self._logprobs.extend(update)
+        if self._experts is not None:
+            self._experts.extend(update.expert_ids)
         self.progress = Progress(
             num_output=len(self._output_ids),
             finish_reason=update.finish_reason,
@@ -131,8 +140,17 @@ class Generation:
         if reason is not None:
             answer["meta_info"]["weight_versions"] = self._weight_versions()
             answer["meta_info"]["e2e_latency"] = progress.finished - self._created
+            if self._experts is not None:
+                answer["meta_info"]["routed_experts"] = self._experts.encode(self._num_routed)
         answer["meta_info"]["response_sent_to_client_ts"] = self._first_sent
         return answer
+
+    @property
+    def _num_routed(self) -> int:
+        """Tokens whose experts are told: from where it was asked to, all but the last one sampled,
+        which no expert has seen."""
+        num_tokens = len(self.request.prompt_ids) + len(self._output_ids)
+        return max(num_tokens - 1 - self.request.experts_from, 0)
 
     def _weight_versions(self) -> list[dict[str, Any]]:
         """Which weights computed which output tokens; two with the same label stay two spans."""

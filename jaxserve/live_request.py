@@ -30,6 +30,7 @@ class LiveRequest:
     prefill_len: int = 0  # tokens to compute before the first one is sampled
     num_scored: int = 0  # tokens of the prompt whose logprobs are known, or not asked for
     next_score: int = 0  # the first token of the prompt that no dispatched step scores
+    num_routed: int = 0  # tokens whose experts are known, or not asked for
     epoch: int = 0  # of its stay in a row: what is read of an earlier one is dropped
     cached_tokens: int | None = None  # of the prompt, at its first admission
     num_retractions: int = 0
@@ -41,6 +42,7 @@ class LiveRequest:
         # What precedes the first token that is told of is not known to the caller: no logprob.
         logprobs, num_prompt = self.request.logprobs, len(self.request.prompt_ids)
         self.num_scored = num_prompt if logprobs is None else min(logprobs.start + 1, num_prompt)
+        self.num_routed = self.request.experts_from or 0
 
     @property
     def logprobs(self) -> LogprobParams | None:
@@ -49,10 +51,13 @@ class LiveRequest:
     @property
     def most_matched(self) -> int:
         """Tokens that the prefix cache may give it: one at least is left to compute, and all that
-        logprobs need."""
+        logprobs need, or that somebody wants to know the experts of."""
+        most = len(self.tokens) - 1
         if self.num_scored < len(self.request.prompt_ids):
-            return self.num_scored - 1
-        return len(self.tokens) - 1
+            most = self.num_scored - 1
+        if self.request.experts_from is not None:
+            most = min(most, self.num_routed)
+        return most
 
     @property
     def num_output(self) -> int:
@@ -87,9 +92,14 @@ class Chunk:
     epoch: int
     tokens: list[int]  # to compute; none for the last sampled one
     num_samples: int  # tokens that the step gives it at most
-    start: int = 0  # of `tokens`, in the request
+    start: int = 0  # the position of the first of them
     first_score: int = 0  # the first token of the prompt that the step scores
     num_scores: int = 0
+
+    @property
+    def num_packed(self) -> int:
+        """Places among the tokens of the step: the last sampled token takes one."""
+        return max(len(self.tokens), 1)
 
     @property
     def is_stale(self) -> bool:

@@ -34,6 +34,15 @@ class EmbeddingInfo(msgspec.Struct, frozen=True):
     dimensions: list[int] | None  # that a vector may be cut to; empty: any; None: only its own
 
 
+class ExpertInfo(msgspec.Struct, frozen=True):
+    """Of a model that has experts."""
+
+    num_layers: int  # with and without
+    sparse_layers: list[int]  # those with
+    num_experts: int  # in each
+    top_k: int  # of them that a token takes
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """What the other side must know of the engine to check requests and to describe it."""
 
@@ -55,7 +64,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_cache_bytes: int
     startup_seconds: float
     startup_phases: dict[str, float]  # seconds; they may overlap
-    embedding: EmbeddingInfo | None = None  # of one that predicts tokens
+    embedding: EmbeddingInfo | None = None  # None: it predicts tokens
+    experts: ExpertInfo | None = None
 
     @property
     def max_req_len(self) -> int:

@@ -34,7 +34,7 @@ class PlanBuilder:
         self._steps = itertools.count()
         self._batch: list[int] = []  # the rows of the last decode step
 
-    def build(self, schedule: Schedule) -> StepPlan:
+    def build(self, schedule: Schedule, *, wants_experts: bool = False) -> StepPlan:
         rows = [chunk.live.row for chunk in schedule.chunks]
         samplers = {chunk.live.sampler for chunk in schedule.chunks}
         sampler: Sampler = next((name for name in reversed(SAMPLERS) if name in samplers), "pool")
@@ -53,8 +53,9 @@ class PlanBuilder:
                 counts=self._pack_counts(schedule),
                 copies=self._pack_copies(schedule.copies),
                 wants_tops=sampler == "full" and self._wants_tops(schedule),
+                wants_experts=wants_experts or self._wants_experts(schedule),
             )
-        num_tokens = sum(max(len(chunk.tokens), 1) for chunk in schedule.chunks)
+        num_tokens = sum(chunk.num_packed for chunk in schedule.chunks)
         num_tokens, num_rows = self._buckets.fit(num_tokens, len(rows))
         return StepPlan(
             step=next(self._steps),
@@ -70,6 +71,7 @@ class PlanBuilder:
             copies=self._pack_copies(schedule.copies),
             scores=self._pack_scores(schedule),
             wants_tops=sampler == "full" and self._wants_tops(schedule),
+            wants_experts=wants_experts or self._wants_experts(schedule),
         )
 
     def reset(self) -> None:
@@ -82,7 +84,7 @@ class PlanBuilder:
         rows[:] = self._max_rows
         count = len(schedule.chunks)
         rows[:count] = [chunk.live.row for chunk in schedule.chunks]
-        lengths[:count] = [max(len(chunk.tokens), 1) for chunk in schedule.chunks]
+        lengths[:count] = [chunk.num_packed for chunk in schedule.chunks]
         samples[:count] = [chunk.num_samples > 0 for chunk in schedule.chunks]
         tokens = [token for chunk in schedule.chunks for token in (chunk.tokens or [LAST_TOKEN])]
         ids[: len(tokens)] = tokens
@@ -148,13 +150,17 @@ class PlanBuilder:
             targets = range(first, first + chunk.num_scores)
             before = offset - chunk.start - 1  # where the token before the first one would be
             packed += [(before + target, live.tokens[target], live.row) for target in targets]
-            offset += max(len(chunk.tokens), 1)
+            offset += chunk.num_packed
         return np.array(packed, np.int32).tobytes()
 
     @staticmethod
     def _wants_tops(schedule: Schedule) -> bool:
         asked = (chunk.live.logprobs for chunk in schedule.chunks)
         return any(logprobs is not None and logprobs.wants_tops for logprobs in asked)
+
+    @staticmethod
+    def _wants_experts(schedule: Schedule) -> bool:
+        return any(chunk.live.request.experts_from is not None for chunk in schedule.chunks)
 
     def _pack_copies(self, copies: list[PageCopy]) -> bytes:
         """Padding copies nothing of the trash page to the trash page."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32, Num
+from jaxtyping import Array, Float, Int16, Int32, Num
 
 from jaxserve import sampling as sampling_ops
 from jaxserve.models.batch_invariant import BatchInvariant, rowwise
@@ -273,6 +273,7 @@ def decode(
             positions,
             is_live=is_running,
             owner=rows,
+            step=step,
             batch=RaggedBatch(
                 page_table=state.page_table[rows],
                 seq_lens=positions + 1,
@@ -295,6 +296,11 @@ def peek(leaf: Num[Array, "*sizes"]) -> Num[Array, "*sizes"]:
     return leaf + 0
 
 
+def peek_experts(num_tokens: int, expert_ids: Int16[Array, "N L k"]) -> Int16[Array, "n L k"]:
+    """A copy of the first ones."""
+    return expert_ids[:num_tokens] + 0
+
+
 def _overwrite(old: Int32[Array, " R"], new: Int32[Array, " R"]) -> Int32[Array, " R"]:
     """`new`, where `old` is. A leaf that is replaced unread would be no argument of the program:
     its buffer would go to another leaf of its shape, addresses would change, graphs be patched."""
@@ -311,15 +317,23 @@ def _run_model(
     is_live,
     owner,
     batch,
+    step: jax.Array | int = 0,
 ) -> tuple[State, Float[Array, "T D"]]:
     """The packed tokens' hidden states; their keys and values go to their rows' pages, those of
-    tokens that are not live to the trash page."""
+    tokens that are not live to the trash page. Their experts are noted as those of this step of
+    the dispatch."""
     page_size = state.kv.page_size
     slots = state.page_table[owner, positions // page_size] * page_size + positions % page_size
     slots = jnp.where(is_live, slots, 0)
     attend = PagedAttention.of(state.kv, slots, batch, implementation=attention)
     hidden, attend = model(tokens, positions, attend)
-    return dataclasses.replace(state, kv=attend.cache), hidden
+    state = dataclasses.replace(state, kv=attend.cache)
+    if state.expert_ids is not None:
+        expert_ids = jnp.where(is_live[:, None, None], attend.expert_ids, -1)
+        start = step * len(tokens)
+        noted = jax.lax.dynamic_update_slice(state.expert_ids, expert_ids, (start, 0, 0))
+        state = dataclasses.replace(state, expert_ids=noted)
+    return state, hidden
 
 
 def _sample_rows(

@@ -34,6 +34,7 @@ class Request(msgspec.Struct, frozen=True):
     namespace: str = ""  # requests of different ones share nothing that is cached
     logprobs: LogprobParams | None = None  # none are asked for
     is_pooled: bool = False  # answered with a vector, and no token
+    experts_from: int | None = None  # tell which experts the tokens from this position on took
 
 
 class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -83,3 +84,4 @@ class RequestUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: Logprobs | None = None  # of `token_ids`
     prompt_logprobs: Logprobs | None = None  # of the prompt's next tokens
     embedding: bytes = b""  # f32, of a pooled request that has ended well
+    expert_ids: bytes = b""  # i16[n, L, k] of the next tokens, as `StepResult` has them

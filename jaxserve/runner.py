@@ -23,6 +23,7 @@ class Dispatched:
     scores: list[jax.Array]
     num_scores: int
     pooled: jax.Array | None = None
+    expert_ids: jax.Array | None = None
 
 
 class Runner:
@@ -110,16 +111,20 @@ class Runner:
         else:
             self._run("decode", plan.sampler, plan.num_rows, plan.num_steps, True)
         scores = self._score(plan)
-        tops = pooled = None
+        tops = pooled = expert_ids = None
         if plan.wants_tops:
             tops = self._programs["peek", "tops"](self._state.tops)
         if plan.sampler == "pool":
             pooled = self._programs["peek", "pooled"](self._state.pooled)
+        if plan.wants_experts:
+            peek = self._programs["peek_experts", plan.num_forwarded]
+            expert_ids = peek(self._state.expert_ids)
         out = self._programs["peek", "out"](self._state.out)
-        for fresh in (out, tops, pooled, *scores):
+        for fresh in (out, tops, pooled, expert_ids, *scores):
             if fresh is not None:
                 fresh.copy_to_host_async()
-        return Dispatched(plan.num_steps, out, tops, scores, len(plan.scores) // 12, pooled)
+        num_scores = len(plan.scores) // 12
+        return Dispatched(plan.num_steps, out, tops, scores, num_scores, pooled, expert_ids)
 
     def read(self, fresh: Dispatched) -> StepResult:
         """Waits for the step."""
@@ -129,7 +134,13 @@ class Runner:
             tops=None if fresh.tops is None else np.asarray(fresh.tops),
             scores=np.concatenate(scores)[: fresh.num_scores] if scores else None,
             pooled=None if fresh.pooled is None else np.asarray(fresh.pooled),
+            expert_ids=None if fresh.expert_ids is None else self._by_step(fresh),
         )
+
+    @staticmethod
+    def _by_step(fresh: Dispatched) -> np.ndarray:
+        expert_ids = np.asarray(fresh.expert_ids)
+        return expert_ids.reshape(fresh.num_steps, -1, *expert_ids.shape[1:])
 
     def _change_rows(self, plan: StepPlan) -> None:
         if plan.patch:

@@ -133,13 +133,18 @@ class Scheduler:
 
     def update(self, schedule: Schedule, result: StepResult) -> list[RequestUpdate]:
         """Takes in what a step has drawn and scored."""
-        updates, num_scores = [], 0
+        updates, num_scores, num_packed = [], 0, 0
         for chunk in schedule.chunks:
             first_score, num_scores = num_scores, num_scores + chunk.num_scores
+            first_token, num_packed = num_packed, num_packed + chunk.num_packed
             if chunk.is_stale:
                 continue
             try:
+                expert_ids = self._take_experts(chunk, first_token, result)
                 update = self._take_in(chunk, first_score, result)
+                if expert_ids:
+                    update = update or self._news(chunk.live, [])
+                    update = msgspec.structs.replace(update, expert_ids=expert_ids)
             except Exception as error:  # of its text, say: nobody else's concern
                 logger.exception("%s ends", chunk.live.request.rid)
                 reason = FinishReason.internal_error(f"{type(error).__name__}: {error}")
@@ -238,10 +243,10 @@ class Scheduler:
         for live in self.running:
             if not live.is_decoding or live.num_left <= 0:
                 continue
-            count = min(num_steps, live.num_left)
+            count, start = min(num_steps, live.num_left), live.num_computed
             live.num_computed += count
             live.num_inflight += count
-            chunks.append(Chunk(live, live.epoch, [], count))
+            chunks.append(Chunk(live, live.epoch, [], count, start))
         return chunks
 
     # Prompts.
@@ -366,6 +371,17 @@ class Scheduler:
                 self._share_prefix(live)
             return self._take(live, chunk.num_samples, result, scored)
         return scored and self._news(live, [], prompt_logprobs=scored)
+
+    @staticmethod
+    def _take_experts(chunk: Chunk, first_token: int, result: StepResult) -> bytes:
+        """Of the tokens whose experts were not known yet, where anybody wants to know."""
+        live = chunk.live
+        if live.request.experts_from is None:
+            return b""
+        chosen = result.experts_of(first_token, chunk.num_packed)
+        known = max(live.num_routed - chunk.start, 0)
+        live.num_routed = max(live.num_routed, chunk.start + len(chosen))
+        return chosen[known:].tobytes()
 
     def _take(
         self, live: LiveRequest, count: int, result: StepResult, scored: Logprobs | None

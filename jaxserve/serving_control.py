@@ -14,6 +14,7 @@ import msgspec
 
 from jaxserve.background import Done, Task
 from jaxserve.errors import RequestError
+from jaxserve.expert_recorder import ExpertRecorder
 from jaxserve.messages import Call, FromEngine, Reply, StepNews
 from jaxserve.pending_update import PendingUpdate, report
 from jaxserve.read_queue import ReadQueue
@@ -56,6 +57,9 @@ class ServingControl:
             "continue_generation": self._continue,
             "release_memory": self._release_memory,
             "resume_memory": self._resume_memory,
+            "start_expert_record": self._start_expert_record,
+            "stop_expert_record": self._stop_expert_record,
+            "dump_expert_record": self._dump_expert_record,
         }
 
     @property
@@ -218,6 +222,30 @@ class ServingControl:
     def _read_checksum(self, call_id: int) -> list[FromEngine]:
         self._reads.add(call_id, self._served_weights.checksum)
         return []
+
+    # Which experts are taken: by steps that are dispatched from start to stop, and all of those.
+
+    def _start_expert_record(self, call_id: int) -> list[FromEngine]:
+        recorder, news = self._expert_recorder(), self._engine.drain()
+        recorder.start()
+        return [*news, Reply(call_id)]
+
+    def _stop_expert_record(self, call_id: int) -> list[FromEngine]:
+        recorder, news = self._expert_recorder(), self._engine.drain()
+        recorder.stop()
+        return [*news, Reply(call_id)]
+
+    def _dump_expert_record(self, call_id: int) -> list[FromEngine]:
+        """The file may be large: it is written beside the steps."""
+        recorder, news = self._expert_recorder(), self._engine.drain()
+        write = recorder.dump()
+        self._reads.add(call_id, lambda: str(write()))
+        return news
+
+    def _expert_recorder(self) -> ExpertRecorder:
+        if self._engine.experts is None:
+            raise RequestError(f"{self._engine.info.architecture} has no experts")
+        return self._engine.experts
 
     # Whether anything is generated.
 

@@ -10,7 +10,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int16, Int32
 
 from jaxserve.step_plan import (
     NO_TOKEN,
@@ -49,6 +49,8 @@ class State:
     out: Int32[Array, "K R+1 C"]  # what the host reads of a step
     tops: Int32[Array, "K R+1 W"]  # and, where anybody asks for it, this
     pooled: Float[Array, "R+1 P"] | None = None  # each row's vector, in an engine that makes them
+    # The choices of a dispatch's tokens, in each layer that has experts; -1 for padding.
+    expert_ids: Int16[Array, "N L k"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,8 @@ class StateShape:
     vocab_size: int
     dtype: jnp.dtype
     pooled_size: int = 0  # numbers of a row's vector; 0: tokens are predicted
+    num_sparse_layers: int = 0  # with experts whose choices are noted
+    experts_per_token: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -106,4 +110,10 @@ class StateShape:
             out=zeros(self.max_steps, rows, OUT_COLUMNS),
             tops=zeros(self.max_steps, rows, NUM_TOPS),
             pooled=jnp.zeros((rows, self.pooled_size), jnp.float32) if self.pooled_size else None,
+            expert_ids=self._no_experts() if self.num_sparse_layers else None,
         )
+
+    def _no_experts(self) -> jax.Array:
+        num_tokens = max(self.max_tokens, self.max_steps * self.max_rows)
+        sizes = num_tokens, self.num_sparse_layers, self.experts_per_token
+        return jnp.full(sizes, -1, jnp.int16)

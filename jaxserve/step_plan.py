@@ -67,6 +67,12 @@ class StepPlan(msgspec.Struct, frozen=True):
     copies: bytes = b""  # i32[C, 3]: from page, to page, tokens kept
     scores: bytes = b""  # i32[S, 3]: index of a token in `forward`, the token after it, its row
     wants_tops: bool = False  # tell more of drawn and scored tokens
+    wants_experts: bool = False  # tell whose choice the tokens were
+
+    @property
+    def num_forwarded(self) -> int:
+        """Tokens that the model runs over in all steps of the dispatch, padding too."""
+        return self.num_steps * self.num_tokens
 
 
 def ints(packed: bytes) -> np.ndarray:

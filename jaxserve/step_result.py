@@ -18,6 +18,9 @@ class StepResult:
     tops: np.ndarray | None = None  # i32[K, R+1, NUM_TOPS], where anybody asked for them
     scores: np.ndarray | None = None  # i32[S, 1 or 1 + NUM_TOPS], of `StepPlan.scores`
     pooled: np.ndarray | None = None  # f32[R+1, W], the vectors of rows that have ended
+    # i16[K, T, L, k], where anybody asked for them: in each decode step, of each token that the
+    # model ran over, in each layer that has experts; -1 for padding.
+    expert_ids: np.ndarray | None = None
 
     def drawn_logprobs(self, row: int, count: int, params: LogprobParams) -> Logprobs:
         """Of the first `count` tokens of a row."""
@@ -28,6 +31,17 @@ class StepResult:
     def embedding(self, row: int) -> bytes:
         """The vector of a row, f32[W]."""
         return self.pooled[row].tobytes()
+
+    def experts_of(self, first_token: int, count: int) -> np.ndarray:
+        """i16[n, L, k] of one request's tokens, of those that were computed.
+
+        Args:
+          first_token, count: where they are among the tokens of a step: one and the same in each
+            step of a dispatch.
+        """
+        chosen = self.expert_ids[:, first_token : first_token + count]
+        chosen = chosen.reshape(-1, *chosen.shape[2:])
+        return chosen[chosen[:, 0, 0] >= 0]
 
     def prompt_logprobs(self, start: int, count: int, params: LogprobParams) -> Logprobs:
         """Of `count` scored tokens."""

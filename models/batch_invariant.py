@@ -1,6 +1,7 @@
 """A model whose result for a token is the same to the bit in every batch: prefilled, decoded, in
 chunks, beside others, in serving and in training."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +36,12 @@ class BatchInvariant:
         def run_tile(cache, start, tokens, positions):
             tile = attend.with_cache(cache).cut(start)
             hidden, tile = self._model(tokens, positions, tile)
-            return tile.cache, hidden
+            return tile.cache, (hidden, tile.expert_ids)
 
         rows = tokens, positions
-        cache, hidden = scan_tiles(run_tile, attend.cache, rows, attend.num_live)
-        return hidden, attend.with_cache(cache)
+        cache, (hidden, expert_ids) = scan_tiles(run_tile, attend.cache, rows, attend.num_live)
+        attend = dataclasses.replace(attend, cache=cache, expert_ids=expert_ids)
+        return hidden, attend
 
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         return in_tiles(self._model.logits, hidden)

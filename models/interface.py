@@ -7,6 +7,7 @@ never sees a page.
 import dataclasses
 import functools
 import typing
+from collections.abc import Sequence
 from typing import Protocol, Self
 
 import jax
@@ -34,8 +35,8 @@ class Attend(Protocol):
         """Attention of the tokens of one layer, and itself with whatever it has stored."""
         ...
 
-    def note_experts(self, layer: Int32[Array, ""], expert_ids: Int32[Array, "T k"]) -> Self:
-        """Is told which experts the tokens of one layer take, those of padding tokens too, and
+    def note_experts(self, expert_ids: Sequence[Int32[Array, "T k"]]) -> Self:
+        """Is told which experts the tokens take, padding tokens too, in each layer that has any;
         returns itself with whatever it keeps of that."""
         ...
 
@@ -79,7 +80,7 @@ class CausalAttention:
         out = jax.vmap(attend)(*rows) if self.num_rows > 1 else attend(*(x[0] for x in rows))
         return out.reshape(q.shape), self
 
-    def note_experts(self, layer, expert_ids):
+    def note_experts(self, expert_ids):
         return self
 
 

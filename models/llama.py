@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from jaxserve.models.config import ModelConfig, flag
 from jaxserve.models.interface import Attend
@@ -35,18 +35,19 @@ class DecoderLayer(nnx.Module):
     def make_mlp(self, c: ModelConfig, dtype, number: int) -> nnx.Module:
         return GatedMLP(c, dtype)
 
-    def feed_forward[A: Attend](
-        self, x: Float[Array, "T D"], attend: A, layer: Int32[Array, ""]
-    ) -> tuple[Float[Array, "T D"], A]:
-        return self.mlp(x), attend
+    def feed_forward(
+        self, x: Float[Array, "T D"], is_live: Bool[Array, " T"] | None
+    ) -> tuple[Float[Array, "T D"], Int32[Array, "T k"] | None]:
+        """The MLP's result and, of one with experts, whose it is."""
+        return self.mlp(x), None
 
     def __call__[A: Attend](
         self, x: Float[Array, "T D"], rope: Rope, attend: A, layer: Int32[Array, ""]
-    ) -> tuple[Float[Array, "T D"], A]:
+    ) -> tuple[Float[Array, "T D"], A, Int32[Array, "T k"] | None]:
         attended, attend = self.self_attn(self.input_layernorm(x), rope, attend, layer)
         x = x + attended
-        out, attend = self.feed_forward(self.post_attention_layernorm(x), attend, layer)
-        return x + out, attend
+        out, expert_ids = self.feed_forward(self.post_attention_layernorm(x), attend.is_live)
+        return x + out, attend, expert_ids
 
 
 # Traced once for all layers of one kind: unrolled layers run fastest, but tracing 32 of them does
@@ -69,8 +70,11 @@ class Backbone(nnx.Module):
         self, tokens: Int32[Array, " T"], positions: Int32[Array, " T"], attend: A
     ) -> tuple[Float[Array, "T D"], A]:
         x, rope = self.embed_tokens(tokens), rope_tables(self.config, positions)
+        chosen = []
         for i, layer in enumerate(self.layers):
-            x, attend = run_layer(layer, x, rope, attend, jnp.int32(i))
+            x, attend, expert_ids = run_layer(layer, x, rope, attend, jnp.int32(i))
+            chosen.append(expert_ids)
+        attend = attend.note_experts([ids for ids in chosen if ids is not None])
         return self.norm(x), attend
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from jaxserve.models.config import ModelConfig, size
-from jaxserve.models.interface import Attend
 from jaxserve.models.layers import GatedMLP, Linear, Parts, param
 from jaxserve.models.llama import DecoderLayer, LlamaForCausalLM
 from jaxserve.models.moe_config import MoeConfig, Routing
@@ -70,17 +69,18 @@ class SparseMoeBlock(nnx.Module):
         )
         self.routing = c.moe.routing
 
-    def __call__[A: Attend](
-        self, x: Float[Array, "T D"], attend: A, layer: Int32[Array, ""]
-    ) -> tuple[Float[Array, "T D"], A]:
+    def __call__(
+        self, x: Float[Array, "T D"], is_live: Bool[Array, " T"] | None
+    ) -> tuple[Float[Array, "T D"], Int32[Array, "T k"]]:
+        """What the experts of each token give, and which they are."""
         weights, expert_ids = route(self.gate(x), self.routing)
         gate_up, down = self.experts.gate_up_proj.weight[...], self.experts.down_proj.weight[...]
-        plan = moe.plan(x, gate_up, expert_ids, attend.is_live)
+        plan = moe.plan(x, gate_up, expert_ids, is_live)
         out = moe.experts(x, gate_up, down, weights, plan)
         if self.shared_expert is not None:
             share = jax.nn.sigmoid(self.shared_expert_gate(x))
             out = out + share * self.shared_expert(x)
-        return out, attend.note_experts(layer, expert_ids)
+        return out, expert_ids
 
 
 class MoeDecoderLayer(DecoderLayer):
@@ -93,13 +93,13 @@ class MoeDecoderLayer(DecoderLayer):
             return SparseMoeBlock(c, dtype, names=self.expert_names)
         return super().make_mlp(c, dtype, number)
 
-    def feed_forward[A: Attend](
-        self, x: Float[Array, "T D"], attend: A, layer: Int32[Array, ""]
-    ) -> tuple[Float[Array, "T D"], A]:
+    def feed_forward(
+        self, x: Float[Array, "T D"], is_live: Bool[Array, " T"] | None
+    ) -> tuple[Float[Array, "T D"], Int32[Array, "T k"] | None]:
         mlp = getattr(self, self.mlp_name)
         if isinstance(mlp, SparseMoeBlock):
-            return mlp(x, attend, layer)
-        return mlp(x), attend
+            return mlp(x, is_live)
+        return mlp(x), None
 
 
 class MoeForCausalLM(LlamaForCausalLM):

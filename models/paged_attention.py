@@ -5,7 +5,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Int16, Int32
 
 from pallas_kernels import attention
 from pallas_kernels.attention import KVCache, Plan, RaggedBatch
@@ -19,6 +19,7 @@ class PagedAttention:
     cache: KVCache
     slot_mapping: Int32[Array, " T"]
     plan: Plan
+    expert_ids: Int16[Array, "T L k"] | None = None  # that the tokens took, in layers that have any
 
     @classmethod
     def of(
@@ -45,8 +46,10 @@ class PagedAttention:
     def with_cache(self, cache: KVCache) -> "PagedAttention":
         return dataclasses.replace(self, cache=cache)
 
-    def note_experts(self, layer, expert_ids):
-        return self
+    def note_experts(self, expert_ids):
+        # All layers at once: each by itself would be a kernel more in each of them.
+        stacked = jnp.stack(expert_ids, axis=1).astype(jnp.int16) if expert_ids else None
+        return dataclasses.replace(self, expert_ids=stacked)
 
     @property
     def is_live(self) -> Bool[Array, " T"]:

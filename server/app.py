@@ -11,7 +11,17 @@ from sanic.response import HTTPResponse
 from jaxserve.config import ServerConfig
 from jaxserve.errors import EngineDied, RequestError
 from jaxserve.frontend import Frontend
-from jaxserve.server import bodies, control, generate, info, openai, pooling, scoring, weights
+from jaxserve.server import (
+    bodies,
+    control,
+    experts,
+    generate,
+    info,
+    openai,
+    pooling,
+    scoring,
+    weights,
+)
 
 logger = logging.getLogger("jaxserve.server.access")
 NEW_WORK = {
@@ -54,7 +64,7 @@ def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
     app.ctx.frontend = frontend
     app.ctx.is_stopping = False
     app.ctx.num_calls = 0
-    for module in (generate, pooling, scoring, info, control, openai, weights):
+    for module in (generate, pooling, scoring, info, control, openai, weights, experts):
         app.blueprint(module.blueprint.copy(module.blueprint.name))
     app.error_handler.add(Exception, _on_error)
     app.register_middleware(_refuse_when_stopping, "request")

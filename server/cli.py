@@ -14,6 +14,7 @@ commands:
   serve      serve a model over HTTP (jaxserve serve --help)
   replay     execute a recorded run again and compare its tokens (jaxserve replay --help)
   convert    write a checkpoint as orbax or as safetensors (jaxserve convert --help)
+  experts    show a recorded expert distribution (jaxserve experts --help)
   bench      measure an engine or a server (jaxserve bench --help)
 
 options:
@@ -34,6 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         from jaxserve.convert import main as convert  # it loads jax
 
         return convert(rest)
+    if command == "experts":
+        from jaxserve.experts import main as experts  # it loads numpy
+
+        return experts(rest)
     if command == "bench":
         from jaxserve.bench.cli import main as bench  # it may load the engine, which loads jax
 

@@ -28,6 +28,14 @@ def test_rollout_compiles_nothing_after_the_first_iteration():
     assert "'compiled_after_ready': 0" in found and "'traced_after_ready': 0" in found
 
 
+def test_every_cell_of_the_documentation_page_runs():
+    """What the page asserts, the example asserts itself."""
+    found = run("native_api_page.py")
+    assert re.search(r"Text embedding \(first 10\): \[-?0\.\d+", found)
+    assert len(re.findall(r"^reward: -?\d+\.\d+", found, re.MULTILINE)) == 2
+    assert len(re.findall(r"^\| [01] +\| [0-7] +\| \d+ +\|$", found, re.MULTILINE)) == 9
+
+
 def test_answers_improve_while_a_server_is_reloaded():
     port = str(free_port())
     found = run("train_and_reload.py", "--rounds", "3", "--steps", "5", "--port", port)

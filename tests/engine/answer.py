@@ -7,8 +7,10 @@ is that of a solo run.
 
 import dataclasses
 
+import numpy as np
+
 from jaxserve.request import FinishReason, Request, RequestUpdate
-from tests.engine.fake_device import EOS, extend_chain, next_token, score_of
+from tests.engine.fake_device import EOS, expert_of, extend_chain, next_token, score_of
 
 
 @dataclasses.dataclass
@@ -20,6 +22,7 @@ class Answer:
     stay: int = 0  # in a row: with each, all is computed anew
     output: list[int] = dataclasses.field(default_factory=list)
     num_scored: int = 0  # tokens of the prompt whose logprobs were told
+    num_routed: int = 0  # tokens whose experts were told
     cached_tokens: int | None = None
     end: FinishReason | None = None
     is_aborted: bool = False
@@ -51,6 +54,7 @@ class Answer:
             assert token == self.next_token(), "not the output of a solo run"
             self.take_logprob(update, number)
             self.output.append(token)
+        self.take_experts(update)
         if update.finish_reason is not None:
             self.take_end(update.finish_reason)
         else:
@@ -65,6 +69,9 @@ class Answer:
 
     def take_end(self, reason: FinishReason) -> None:
         self.end = reason
+        if reason.type != "abort" and self.request.experts_from is not None:
+            num_tokens = len(self.request.prompt_ids) + len(self.output)
+            assert self.num_routed >= num_tokens - 1 - self.request.experts_from
         if reason.type == "abort" and reason.status_code is None:
             assert self.is_aborted, "nobody has asked for its end"
         elif reason.type == "abort":
@@ -97,6 +104,21 @@ class Answer:
         expected = self.logprob_of(update.token_ids[number], position)
         assert update.logprobs.chosen[number] == expected
         assert len(update.logprobs.chosen) == len(update.token_ids)
+
+    def take_experts(self, update: RequestUpdate) -> None:
+        """Each token's once, in order. Behind a stop that only the host sees there may be more."""
+        first = self.request.experts_from
+        if first is None:
+            assert not update.expert_ids
+            return
+        assert self.cached_tokens <= first, "its experts are not known"
+        num_tokens = len(self.request.prompt_ids) + len(self.output)
+        for told in np.frombuffer(update.expert_ids, np.int16).tolist():
+            position = first + self.num_routed
+            assert position < num_tokens or self.is_complete
+            if position < num_tokens:
+                assert told == expert_of(self.chain_of(position + 1)[-1])
+            self.num_routed += 1
 
     def logprob_of(self, token: int, position: int) -> float:
         return score_of(self.chain_of(position)[-1], token)

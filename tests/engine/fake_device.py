@@ -53,6 +53,11 @@ def score_of(seen: int, token: int) -> float:
     return float(hash((seen, token)) % 10_000)
 
 
+def expert_of(seen: int) -> int:
+    """The one expert that a token takes, in the one layer that has any."""
+    return seen % 2**15
+
+
 def float_bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
 
@@ -90,6 +95,7 @@ class Device:
         if plan.patch:
             self.patch(ints(plan.patch), {live.row: live for live in running})
         self.copy(ints(plan.copies).reshape(-1, 3).tolist())
+        self.experts = np.full((plan.num_steps, plan.num_tokens, 1, 1), -1, np.int16)
         if plan.kind == "extend":
             self.extend(plan)
         else:
@@ -97,6 +103,8 @@ class Device:
             for step in range(plan.num_steps):
                 running = [row for row in rows if self.rows[row].finish == RUNNING]
                 self.compute({row: [LAST_TOKEN] for row in running})
+                for row in running:
+                    self.experts[step, rows.index(row)] = expert_of(self.rows[row].chain[-1])
                 self.sample(running, step)
         scores = [
             [float_bits(score_of(self.hidden[index], target))]
@@ -105,6 +113,7 @@ class Device:
         return StepResult(
             [list(rows) for rows in self.out[: plan.num_steps]],
             scores=np.array(scores, np.int32) if scores else None,
+            expert_ids=self.experts if plan.wants_experts else None,
         )
 
     def patch(self, packed: np.ndarray, running: dict[int, LiveRequest]) -> None:
@@ -157,6 +166,8 @@ class Device:
             for row, tokens in work.items()
             for i, seen in enumerate(self.rows[row].chain[-len(tokens) :])
         }
+        for place, seen in self.hidden.items():
+            self.experts[0, place] = expert_of(seen)
         self.sample(sampling, 0)
 
     def compute(self, work: dict[int, list[int]]) -> None:

@@ -66,9 +66,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         room = min(limits.num_pages * limits.page_size, 24)
         base = BASES[take(3) == 0]
         prompt = base[: take(room * 2 // 3)] + [100 + take(3) for _ in range(1 + take(3))]
-        self.world.submit(prompt, take(10), take(3) // 2, kind)
+        experts_from = take(12) * 2 if take(4) == 1 else None
+        self.world.submit(prompt, take(10), take(3) // 2, kind, experts_from=experts_from)
         if take(2):  # as "n" does
-            self.world.submit(prompt, take(10), 0, kind)
+            self.world.submit(prompt, take(10), 0, kind, experts_from=experts_from)
         if take(6) == 1:
             self.world.submit(prompt, 1, 0, kind, again=take(len(self.world.answers) or 1))
 

@@ -61,7 +61,13 @@ class World:
     # What happens.
 
     def submit(
-        self, prompt: list[int], max_new_tokens: int, priority: int, kind: int, again: int = -1
+        self,
+        prompt: list[int],
+        max_new_tokens: int,
+        priority: int,
+        kind: int,
+        again: int = -1,
+        experts_from: int | None = None,
     ) -> None:
         """`kind` chooses a namespace, whether the device knows the stop token, and the prompt
         position from which logprobs are asked for, if any; `again` an id that was used before."""
@@ -75,6 +81,7 @@ class World:
             priority=priority,
             namespace=NAMESPACES[kind & 1],
             logprobs=LogprobParams(min(kind // 8, len(prompt))) if kind & 4 else None,
+            experts_from=None if experts_from is None else min(experts_from, len(prompt)),
         )
         status = self.refusal_of(request)
         news = [update for out in self.core.handle(AddRequest(request)) for update in out.updates]
@@ -121,6 +128,10 @@ class World:
                 self.seen["used the cache"] += update.cached_tokens > 0
                 self.seen["retracted"] += update.num_retractions
                 self.seen["logprobs of a prompt"] += answer.num_scored > 0
+                if answer.num_routed:
+                    self.seen["experts told"] += 1
+                    self.seen["experts told, used the cache"] += update.cached_tokens > 0
+                    self.seen["experts told, retracted"] += update.num_retractions > 0
 
     def abort(self, rid: str) -> None:
         answer = self.alive().get(rid)

@@ -1,4 +1,8 @@
-"""A mixture of experts through the whole engine: chunks, batches, reloads."""
+"""A mixture of experts through the whole engine: chunks, batches, reloads, and which experts the
+tokens take."""
+
+import base64
+import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +10,8 @@ import pytest
 import safetensors.numpy
 
 from jaxserve import Engine
+from jaxserve.errors import RequestError
+from jaxserve.expert_files import FOLDER
 from tests.golden.cases import MOE_CASES
 from tests.golden.golden import read_golden
 from tests.golden.random_checkpoint import write_checkpoint
@@ -34,7 +40,11 @@ def engine(folder, pytestconfig):
         page_size=4,
         chunked_prefill_size=CHUNK,
         max_running_requests=4,
-        max_total_tokens=1024,
+        max_total_tokens=320,
+        num_continuous_decode_steps=2,
+        schedule_conservativeness=0.01,
+        expert_distribution_recorder_mode="per_token",
+        expert_distribution_recorder_buffer_size=-1,
         weights_root=str(folder.parent),
         compilation_cache_dir=programs_folder(pytestconfig),
     ) as engine:
@@ -95,6 +105,125 @@ def test_reloads_reach_every_expert(engine, folder):
     assert texts(engine, prompts) != before
     assert engine.update_weights_from_disk(str(folder))["success"]
     assert texts(engine, prompts) == before
+
+
+def routed(answer: dict) -> np.ndarray:
+    """i32[tokens, layers, top_k]"""
+    packed = np.frombuffer(base64.b64decode(answer["meta_info"]["routed_experts"]), np.int32)
+    return packed.reshape(-1, CASE.config["num_hidden_layers"], CASE.config["num_experts_per_tok"])
+
+
+def of_prompt(prompt) -> np.ndarray:
+    """What transformers chooses, i32[tokens, layers, top_k], in ascending order."""
+    return prompt.expert_ids.swapaxes(0, 1).astype(np.int32)
+
+
+@pytest.fixture
+def record(engine, tmp_path, monkeypatch):
+    """Records what a function does; returns its result and the tensors of the file."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+
+    def run(function, *arguments):
+        engine.flush_cache()
+        engine.start_expert_distribution_record()
+        result = function(*arguments)
+        engine.stop_expert_distribution_record()
+        path = pathlib.Path(engine.dump_expert_distribution_record())
+        assert path.parent == tmp_path
+        return result, safetensors.numpy.load_file(path)
+
+    return run
+
+
+def test_experts_of_prompts_are_those_that_transformers_chooses(engine, record):
+    """Each token of each prompt once, in chunks, both prompts at once; nothing of padding."""
+    prompts = read_golden(CASE.name).prompts
+    ids = [prompt.tokens.tolist() for prompt in prompts]
+    _, found = record(lambda: engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 1}))
+    wanted = {
+        (token, position): choice.tolist()
+        for prompt in prompts
+        for position, (token, choice) in enumerate(
+            zip(prompt.tokens.tolist(), of_prompt(prompt), strict=True)
+        )
+    }
+    chosen = np.sort(found["topk_ids_of_layer"].swapaxes(0, 1), axis=-1)
+    inputs = zip(found["input_ids"].tolist(), found["positions"].tolist(), strict=True)
+    computed = list(zip(inputs, chosen.tolist(), strict=True))
+    print(f"{len(computed)} tokens in passes of {found['num_tokens'].tolist()}")
+    assert dict(computed) == wanted and len(computed) == sum(map(len, ids))
+    assert max(found["num_tokens"]) <= CHUNK < max(map(len, ids))
+
+
+def test_cached_tokens_are_not_counted_and_every_other_is(engine, record):
+    prompt = read_golden(CASE.name).prompts[-1].tokens.tolist()
+
+    def generate() -> list[dict]:
+        return [engine.generate(input_ids=prompt, sampling_params=GREEDY) for _ in range(2)]
+
+    answers, found = record(generate)
+    cached = [answer["meta_info"]["cached_tokens"] for answer in answers]
+    output = CASE.num_greedy_tokens - 1  # the last one is nobody's input
+    assert cached[0] == 0 < cached[1]
+    assert found["num_tokens"].sum() == 2 * (len(prompt) + output) - cached[1]
+    assert found["is_decode"].sum() == 2 * output
+    print(f"{cached} cached, {found['num_tokens'].sum()} counted")
+    assert (found["topk_ids_of_layer"] >= 0).all(), "every layer of this model has experts"
+
+
+def test_an_answer_tells_which_experts_its_tokens_took(engine, record):
+    """The same as a recording has, and as transformers chooses."""
+    prompts = read_golden(CASE.name).prompts
+    ids = [prompt.tokens.tolist() for prompt in prompts]
+    answers, found = record(
+        lambda: engine.generate(input_ids=ids, sampling_params=GREEDY, return_routed_experts=True)
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        told = routed(answer)
+        assert len(told) == len(prompt.tokens) + CASE.num_greedy_tokens - 1
+        np.testing.assert_array_equal(
+            np.sort(told[: len(prompt.tokens)], axis=-1), of_prompt(prompt)
+        )
+    everything = np.concatenate([routed(answer) for answer in answers])
+    recorded = found["topk_ids_of_layer"].swapaxes(0, 1)
+    assert sorted(recorded.tolist()) == sorted(everything.tolist())
+    print(f"{len(everything)} tokens")
+
+
+def test_experts_are_told_from_a_position_on_and_before_it_the_cache_is_used(engine):
+    prompt = read_golden(CASE.name).prompts[-1].tokens.tolist()
+    options = {"input_ids": prompt, "sampling_params": GREEDY, "return_routed_experts": True}
+    whole = engine.generate(**options)
+    assert whole["meta_info"]["cached_tokens"] == 0, "all of it is computed, and so known"
+    start = len(prompt) - 10
+    rest = engine.generate(**options, routed_experts_start_len=start)
+    np.testing.assert_array_equal(routed(rest), routed(whole)[start:])
+    assert start - 4 <= rest["meta_info"]["cached_tokens"] <= start
+    assert "routed_experts" not in engine.generate(input_ids=prompt)["meta_info"]
+
+
+def test_experts_are_told_in_full_after_a_retraction(engine):
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, CASE.config["vocab_size"], 20).tolist() for _ in range(4)]
+    options = {
+        "sampling_params": GREEDY | {"max_new_tokens": 90},
+        "return_routed_experts": True,
+    }
+    alone = [engine.generate(input_ids=prompt, **options) for prompt in prompts]
+    together = engine.generate(input_ids=prompts, **options)
+    retractions = [answer["meta_info"]["num_retractions"] for answer in together]
+    print(f"retractions {retractions}")
+    assert sum(retractions) > 0
+    for one, other in zip(alone, together, strict=True):
+        assert one["output_ids"] == other["output_ids"]
+        np.testing.assert_array_equal(routed(one), routed(other))
+        assert len(routed(one)) == 20 + 90 - 1
+
+
+def test_a_position_beyond_the_prompt_is_refused(engine):
+    with pytest.raises(RequestError, match="routed_experts_start_len=3 is higher") as error:
+        engine.generate(input_ids=[5, 6], return_routed_experts=True, routed_experts_start_len=3)
+    assert error.value.param == "routed_experts_start_len"
 
 
 def permute_experts(tensors: dict) -> dict:

@@ -328,6 +328,21 @@ MUTANTS: dict[str, tuple] = {
         "before = offset - chunk.start - 1",
         "before = offset - 1",
     ),
+    "experts are told again": (
+        histories,
+        "known = max(live.num_routed - chunk.start, 0)",
+        "known = 0",
+    ),
+    "experts of cached tokens are left out": (
+        histories,
+        "most = min(most, self.num_routed)",
+        "pass",
+    ),
+    "experts are those of another request": (
+        histories,
+        "num_packed, num_packed + chunk.num_packed",
+        "num_packed, num_packed + len(chunk.tokens)",
+    ),
     "a new row is not told to run": (
         histories,
         "live.num_matched, KEEP, RUNNING",
