@@ -21,10 +21,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.moe.dispatch import Dispatch, make_dispatch
 
 LANES = 128
-SMALLEST_VMEM = 16 << 20  # bytes a core, of all TPUs: v4 has it
-BLOCK_BYTES = (
-    4 << 20
-)  # of weights: read in 1 to 5 us, beside which a grid step's 0.35 us are little
+SMALLEST_VMEM = 16 << 20  # bytes of a core, among all TPUs
+BLOCK_BYTES = 4 << 20  # of weights: some microseconds' reading, beside which a grid step is nothing
 
 
 def plan(
@@ -59,9 +57,9 @@ def block_features(
 ) -> int:
     """How many features of a product are computed at a time.
 
-    BLOCK_BYTES of weights or four times a tile's rows, whichever is more: so rows, which each block
-    reads again, are at most a quarter of what is read. No more than half of the features, since a
-    v4 and a v5p share blocks among two cores. Fewer where VMEM lacks.
+    BLOCK_BYTES of weights or four times a tile's rows, whichever is more: rows, which each block
+    reads again, are then a quarter of the weights at most. No more than half of the features, since
+    a v4 and a v5p share blocks among two cores. Fewer where VMEM lacks.
 
     Raises:
       NotImplementedError: VMEM is too small for blocks of 128 features.
@@ -89,8 +87,8 @@ def block_features(
 def vmem_capacity() -> int:
     """Bytes of a core: v5e and v6e have 128 MiB, v5p and 7x 64, older ones and the interpreter 16.
 
-    Blocks get half. The compiler takes more than they need where the limit that it is given lets
-    it, and more than the limit: three quarters are what it copes with.
+    Blocks get half of it. The compiler is given three quarters: it takes some for itself, the more
+    the more it may, and fails at blocks that nearly fill what it is given.
     """
     return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else SMALLEST_VMEM
 
