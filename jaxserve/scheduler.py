@@ -24,6 +24,7 @@ from jaxserve.stop_checker import StopChecker
 
 logger = logging.getLogger(__name__)
 LOOKAHEAD = 32  # tokens: rows get pages for so many at once, so that they rarely need any
+LEAST_SHARED = 32  # tokens: fewer are sooner computed twice than waited for
 MOST_MATCHED_WAITING = 128  # beyond so many, lpm does not look prefixes up
 
 Policy = Literal["fcfs", "lpm"]
@@ -42,12 +43,14 @@ class Scheduler:
         policy: Policy = "fcfs",
         max_waiting: int | None = None,
         conservativeness: float = 1.0,
+        least_shared: int = LEAST_SHARED,
     ):
         """Without a cache, no request uses what another has computed.
 
         Args:
           num_decode_steps: in one dispatch, while no prompt is being computed.
           max_waiting: requests beyond which new ones are refused.
+          least_shared: tokens for which a request waits for somebody else to compute them.
         """
         self.allocator, self.cache = allocator, cache
         self.max_rows = max_rows
@@ -57,7 +60,7 @@ class Scheduler:
         self.num_retractions = 0
         self._page_size, self._max_prefill_tokens = page_size, max_prefill_tokens
         self._num_decode_steps, self._policy = num_decode_steps, policy
-        self._max_waiting = max_waiting
+        self._max_waiting, self._least_shared = max_waiting, least_shared
         self._estimate = OutputEstimate(conservativeness)
         self._is_holding = False
         self._free_rows = list(range(max_rows - 1, -1, -1))
@@ -243,7 +246,8 @@ class Scheduler:
         for live in self.running:
             if not live.is_decoding or live.num_left <= 0:
                 continue
-            count, start = min(num_steps, live.num_left), live.num_computed
+            count = min(num_steps, live.num_left)
+            start = live.num_computed
             live.num_computed += count
             live.num_inflight += count
             chunks.append(Chunk(live, live.epoch, [], count, start))
@@ -252,11 +256,14 @@ class Scheduler:
     # Prompts.
 
     def _admit(self) -> tuple[list[LiveRequest], list[PageCopy]]:
-        admitted, copies = [], []
+        admitted, copies, passed_over = [], [], []
         if not self.running:
             self._estimate.on_idle()
         self._sort_waiting()
         while self.waiting and self._free_rows:
+            if self.waits_for_prompt(self.waiting[0]):
+                passed_over.append(self.waiting.pop(0))
+                continue
             copy = self._try_to_admit(self.waiting[0])
             if copy is None:
                 break
@@ -266,7 +273,38 @@ class Scheduler:
             admitted.append(live)
             if copy.num_tokens:
                 copies.append(copy)
+        self.waiting[:0] = passed_over
         return admitted, copies
+
+    def waits_for_prompt(self, live: LiveRequest) -> bool:
+        """Whether a waiting request had better not be admitted yet: somebody is computing a prompt
+        that will save it half of its work. So it is with samples of one prompt, and with questions
+        about one text, that come together."""
+        if self.cache is None:
+            return False
+        tokens, namespace = live.tokens, live.request.namespace
+        least = tokens[: self._least_shared]
+        others = [
+            other
+            for other in self.running
+            if self._num_to_share(other) >= self._least_shared
+            and other.request.namespace == namespace
+            and other.tokens[: self._least_shared] == least
+        ]
+        if not others:
+            return False
+        matched = self.cache.match_prefix(tokens, namespace=namespace, most=live.most_matched)
+        cached = matched.num_tokens
+        wanted = cached + max(self._least_shared, (len(tokens) - cached) // 2)
+        return wanted <= live.most_matched and any(
+            wanted <= self._num_to_share(other) and tokens[:wanted] == other.tokens[:wanted]
+            for other in others
+        )
+
+    def _num_to_share(self, live: LiveRequest) -> int:
+        """Tokens that others will find in the cache once its prompt is computed, and do not yet."""
+        num_full = live.prefill_len // self._page_size
+        return 0 if live.is_mixed or num_full == live.num_shared else num_full * self._page_size
 
     def _sort_waiting(self) -> None:
         if len(self.waiting) < 2 or not self._free_rows:

@@ -240,12 +240,14 @@ class World:
 
     def check_order(self, new_rows: list[LiveRequest]) -> None:
         admitted = [self.order_of(live) for live in new_rows]
-        waiting = [self.order_of(live) for live in self.scheduler.waiting]
+        patient = [one for one in self.scheduler.waiting if self.scheduler.waits_for_prompt(one)]
+        self.seen["waited for another's prompt"] += bool(patient)
+        waiting = [self.order_of(one) for one in self.scheduler.waiting if one not in patient]
         if self.limits.policy == "lpm":  # by what is cached among those of one priority
             admitted, waiting = ([order[0] for order in orders] for orders in (admitted, waiting))
         if admitted:
             assert admitted == sorted(admitted), "who came first goes first"
-            assert not waiting or admitted[-1] <= min(waiting), "nobody is overtaken"
+            assert not waiting or admitted[-1] <= min(waiting), "nobody is overtaken for nothing"
 
     def order_of(self, live: LiveRequest) -> tuple[int, int]:
         return self.answers[live.request.rid].order
@@ -269,6 +271,7 @@ def make_scheduler(limits: Limits, system: System) -> Scheduler:
         policy=limits.policy,
         max_waiting=limits.max_waiting,
         conservativeness=limits.conservativeness,
+        least_shared=2 * limits.page_size,
     )
 
 

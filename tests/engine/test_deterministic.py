@@ -176,7 +176,9 @@ def test_drawn_by_another_sampler(lab, requests, alone, sampler, kinds):
     chosen = [r for r in requests if r.rid.startswith(("greedy_told", *kinds))]
     lab.limit(has_cache=False)
     build, plans = lab._core._plan_builder.build, []
-    lab._core._plan_builder.build = lambda schedule: plans.append(build(schedule)) or plans[-1]
+    lab._core._plan_builder.build = lambda schedule, **options: (
+        plans.append(build(schedule, **options)) or plans[-1]
+    )
     check_same(lab.ask(chosen), alone)
     samplers = collections.Counter(plan.sampler for plan in plans)
     print(f"{[request.rid for request in chosen]}: steps by sampler {dict(samplers)}")

@@ -122,7 +122,7 @@ MUTANTS: dict[str, tuple] = {
         "same = _common_tokens(",
         "same = self.page_size or (",
     ),
-    "match whole prompt": (histories, "return len(self.tokens) - 1", "return len(self.tokens)"),
+    "match whole prompt": (histories, "most = len(self.tokens) - 1", "most = len(self.tokens)"),
     "insert uncommitted": (
         histories,
         "return min(self.num_computed, max(self.prefill_len, len(self.tokens) - 1))",
@@ -327,6 +327,11 @@ MUTANTS: dict[str, tuple] = {
         histories,
         "before = offset - chunk.start - 1",
         "before = offset - 1",
+    ),
+    "who waits for another's prompt is lost": (
+        histories,
+        "self.waiting[:0] = passed_over",
+        "pass",
     ),
     "experts are told again": (
         histories,

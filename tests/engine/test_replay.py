@@ -64,7 +64,7 @@ def path(pytestconfig, tmp_path_factory) -> pathlib.Path:
         schedule_conservativeness=0.1,
         **options,
     ) as engine:
-        texts = [QUESTION, LONG, "Once upon a time", LONG + " Once", QUESTION + " It is", "Kenya"]
+        texts = [QUESTION, LONG, "Once upon a time", "Once" + LONG, QUESTION + " It is", "Kenya"]
         sampling = [
             params | {"max_new_tokens": NUM_TOKENS, "ignore_eos": True}
             for _, params in zip(texts, itertools.cycle(SAMPLING), strict=False)

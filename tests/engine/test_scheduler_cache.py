@@ -124,3 +124,37 @@ def test_counts_the_tokens_in_rows():
         step(scheduler)
         counts.append(scheduler.num_tokens_in_rows)
     assert counts == [4, 6, 7, 8], "the token sampled last is not in the cache"
+
+
+def test_samples_of_a_prompt_wait_for_its_first_computation():
+    scheduler = make_scheduler(page_size=4, max_prefill_tokens=64, least_shared=8)
+    prompt = list(range(21))
+    for rid in "abc":
+        add(scheduler, rid, prompt, max_new_tokens=2)
+    add(scheduler, "d", 5, max_new_tokens=2)
+    schedule, _ = step(scheduler)
+    assert layout(schedule) == [("a", 21, 1), ("d", 5, 1)], "nobody else is kept waiting"
+    schedule, updates = step(scheduler)
+    assert layout(schedule) == [("a", 0, 1), ("d", 0, 1), ("b", 1, 1), ("c", 1, 1)]
+    assert {update.rid: update.cached_tokens for update in updates}["c"] == 20
+    print(f"{schedule.num_cached_tokens} tokens were not computed again")
+
+
+@pytest.mark.parametrize(
+    "why,shared,namespace",
+    [("too few", 7, ""), ("less than half", 9, ""), ("of another namespace", 20, "other")],
+)
+def test_nobody_waits_for_tokens_that_do_not_help(why, shared, namespace):
+    scheduler = make_scheduler(page_size=1, max_prefill_tokens=64, least_shared=8)
+    add(scheduler, "a", list(range(21)))
+    add(scheduler, "b", [*range(shared), *range(100, 121 - shared)], namespace=namespace)
+    assert len(step(scheduler)[0].new_rows) == 2, why
+
+
+def test_who_waits_for_a_prompt_goes_on_when_its_owner_leaves():
+    scheduler = make_scheduler(page_size=4, max_prefill_tokens=8, least_shared=8)
+    for rid in "ab":
+        add(scheduler, rid, list(range(21)))
+    assert rids(step(scheduler)[0].new_rows) == ["a"]
+    scheduler.abort("a")
+    assert rids(step(scheduler)[0].new_rows) == ["b"]

@@ -100,10 +100,10 @@ class Storm:
         builder = self.core._plan_builder
         build = builder.build
 
-        def watch(schedule):
+        def watch(schedule, **options):
             if schedule.is_decode:
                 self.batch_sizes.add(len(schedule.chunks))
-            return build(schedule)
+            return build(schedule, **options)
 
         builder.build = watch
 
