@@ -14,7 +14,8 @@ ARGS ?=
 # The accelerator's runtime: cuda12, cuda13 or tpu.
 EXTRA ?=
 
-.PHONY: serve test lint check test-equality test-jax-oldest test-jax-newest clean help
+.PHONY: serve test lint check test-equality test-jax-oldest test-jax-newest test-tpu-compile \
+	clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -40,6 +41,11 @@ test-jax-oldest:  ## the suite on the oldest JAX that is supported
 
 test-jax-newest:  ## the suite on the newest JAX that is supported
 	$(MAKE) check VENV=.venv-jax-newest JAX="'jax>=0.12,<0.13'"
+
+# A compiler that never ends is ended, and the run with it: no signal reaches it.
+test-tpu-compile:  ## the kernels through the TPU's own compiler, without a TPU: some four minutes
+	$(MAKE) check VENV=.venv-tpu EXTRA=tpu \
+		ARGS='-m tpu -rP --timeout 120 --timeout-method thread $(ARGS) tests/tpu'
 
 clean:  ## remove what the other targets made
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -24,7 +24,6 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.interface import CausalAttention
 from jaxserve.models.moe import SparseMoeBlock
 from jaxserve.models.registry import random_params
 from jaxserve.models.routing import route
@@ -119,7 +118,7 @@ class Bench:
         x = jax.random.normal(jax.random.key(1), (num_tokens, hidden), self.dtype)
         _, expert_ids = jax.jit(self.route)(self.layers[0], x)
         line = {
-            "layer": self.per_layer(lambda block, x: block(x, CausalAttention(), 0)[0], x),
+            "layer": self.per_layer(lambda block, x: block(x, None)[0], x),
             "experts": self.per_layer(lambda block, x: self.experts(block, x), x),
             "floor": self.floor(num_tokens, expert_ids),
             "error": self.error(x),

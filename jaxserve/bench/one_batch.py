@@ -28,12 +28,11 @@ def run(engine: Engine, options: BatchOptions) -> Iterator[dict[str, Any]]:
     for size, input_len, output_len in shapes:
         check_fits(engine, size, input_len + output_len)
     for size, input_len, output_len in shapes:
-        draw = random.Random(options.seed)
-        prompts = [draw.choices(range(engine.info.vocab_size), k=input_len) for _ in range(size)]
-        _generate(engine, prompts, min(output_len, WARM_UP_TOKENS))
+        prompts = random_prompts(size, input_len, engine.info.vocab_size, options.seed)
+        generate(engine, prompts, min(output_len, WARM_UP_TOKENS))
         engine.flush_cache()
         before = cpu_time.own()
-        timelines = _generate(engine, prompts, output_len)
+        timelines = generate(engine, prompts, output_len)
         spent = cpu_time.own() - before
         engine.flush_cache()
         yield {
@@ -82,10 +81,18 @@ def figures(timelines: list[Timeline]) -> dict[str, Any]:
     return metrics
 
 
-def _generate(engine: Engine, prompts: list[list[int]], output_len: int) -> list[Timeline]:
+def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [draw.choices(range(vocab_size), k=length) for _ in range(count)]
+
+
+def generate(
+    engine: Engine, prompts: list[list[int]], output_len: int, **fields: Any
+) -> list[Timeline]:
+    """All at once. `fields` are others of /generate."""
     params = sampling_params(Sample(prompts[0], output_len), {}, 0)
     began = time.perf_counter()
     timelines = [Timeline(output_len, began, began) for _ in prompts]
-    for answer in engine.generate(input_ids=prompts, sampling_params=params, stream=True):
+    for answer in engine.generate(input_ids=prompts, sampling_params=params, stream=True, **fields):
         take(answer, timelines[answer["index"]])
     return timelines

@@ -13,18 +13,23 @@ import jax
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.backend import first_that_can
-from pallas_kernels.moe import reference, triton
+from pallas_kernels.moe import mosaic_tpu, reference, triton
 from pallas_kernels.moe.dispatch import Dispatch
 from pallas_kernels.moe.gradient import pull_back
 
-# "triton-interpret" runs the meaning of the Triton kernels anywhere, slowly: for tests.
+# "...-interpret" runs the meaning of a kernel anywhere, slowly: for tests.
 PLANS = {
+    "mosaic-tpu": mosaic_tpu.plan,
+    "mosaic-tpu-interpret": mosaic_tpu.plan,
     "triton": triton.plan,
     "triton-interpret": triton.plan,
     "reference": reference.plan,
 }
-PREFERENCE = {"gpu": ("triton", "reference")}  # by platform; elsewhere the reference
+# By platform; elsewhere the reference.
+PREFERENCE = {"gpu": ("triton", "reference"), "tpu": ("mosaic-tpu", "reference")}
 APPLY = {
+    "mosaic-tpu": mosaic_tpu.experts,
+    "mosaic-tpu-interpret": functools.partial(mosaic_tpu.experts, interpret=True),
     "triton": triton.experts,
     "triton-interpret": functools.partial(triton.experts, interpret=True),
     "reference": reference.experts,

@@ -33,12 +33,16 @@ class Blocks:
     num_stages: int
 
 
-# By tile size: the best of those tried on an H200 with 60 experts of 2048 x 1408.
+# By tile size: the best of those tried on an H200 with 60 experts of 2048 x 1408 (moe.py --tune).
 BLOCKS = {
     16: Blocks(features=64, depth=128, num_warps=4, num_stages=3),
     32: Blocks(features=128, depth=64, num_warps=8, num_stages=3),
     64: Blocks(features=128, depth=64, num_warps=8, num_stages=3),
     128: Blocks(features=128, depth=64, num_warps=8, num_stages=3),
+}
+SWIGLU_BLOCKS = BLOCKS | {
+    64: Blocks(features=128, depth=64, num_warps=8, num_stages=4),
+    128: Blocks(features=128, depth=64, num_warps=8, num_stages=4),
 }
 
 
@@ -90,6 +94,7 @@ def grouped_swiglu(
     num_experts, _, inner, hidden = gate_up.shape
     kernel = functools.partial(_swiglu_kernel, choices=dispatch.place.shape[1])
     arguments = x, gate_up.reshape(num_experts * 2 * inner, hidden), dispatch.pair
+    blocks = blocks or SWIGLU_BLOCKS[dispatch.pair.shape[1]]
     call = functools.partial(_call, kernel, arguments, dispatch, blocks=blocks, interpret=interpret)
     return call(num_features=inner, depth=hidden, dtype=x.dtype, name="grouped_swiglu")
 
@@ -106,6 +111,7 @@ def grouped_matmul(
     num_experts, hidden, depth = down.shape
     arguments = inner, down.reshape(num_experts * hidden, depth)
     kernel = _matmul_kernel
+    blocks = blocks or BLOCKS[dispatch.pair.shape[1]]
     call = functools.partial(_call, kernel, arguments, dispatch, blocks=blocks, interpret=interpret)
     return call(num_features=hidden, depth=depth, dtype=inner.dtype, name="grouped_matmul")
 
@@ -114,7 +120,6 @@ def _call(
     kernel, arguments, dispatch, *, blocks, interpret, num_features, depth, dtype, name
 ) -> jax.Array:
     num_tiles, tile_size = dispatch.pair.shape
-    blocks = blocks or BLOCKS[tile_size]
     features = _largest_block(num_features, blocks.features)
     arguments = (*arguments, dispatch.expert, dispatch.num_tiles.reshape(1))
 
