@@ -184,7 +184,12 @@ def _expert_recorder(config: EngineConfig, info: EngineInfo) -> ExpertRecorder |
         config.expert_distribution_recorder_buffer_size,
     )
     if info.experts is not None:
-        return ExpertRecorder(info.experts, mode, None if most_passes < 0 else most_passes)
+        return ExpertRecorder(
+            info.experts,
+            mode,
+            None if most_passes < 0 else most_passes,
+            config.expert_distribution_recorder_dir,
+        )
     if mode is not None:
         raise ValueError(
             f"--expert-distribution-recorder-mode {mode}: {info.architecture} has no experts"
