@@ -190,7 +190,7 @@ class EngineConfig:
     expert_distribution_recorder_buffer_size: int = option(
         1000,
         group=LOGS,
-        help="forward passes that a mode keeps in the machine's memory, the latest ones; -1 for all",
+        help="forward passes that a mode keeps in memory, the latest ones; -1 keeps all",
     )
     record_plans: str | None = option(
         None,
