@@ -13,7 +13,8 @@ from jaxserve.body_fields import as_object, flag, integer
 from jaxserve.errors import RequestError
 from jaxserve.messages import EngineInfo
 from jaxserve.server import bodies
-from jaxserve.server.pooling import encode_all, native_body
+from jaxserve.server.call import model_and_usage
+from jaxserve.server.pooling import NAMES, encode_all, native_body
 from jaxserve.server.scoring import softmax
 
 blueprint = Blueprint("rerank")
@@ -33,7 +34,7 @@ async def rerank(request: Request) -> HTTPResponse:
         raise RequestError(f"top_n must be a positive integer, got {most}", param="top_n")
     native = {"text": [[query, one] for one in documents]}
     native |= {key: body[key] for key in PASSED_ON if key in body}
-    answers = await encode_all(request, native)
+    answers = await encode_all(request, native, {"text": "documents"})
     ranked = [
         {
             "score": answer["embedding"][0],
@@ -57,17 +58,14 @@ async def classify(request: Request) -> HTTPResponse:
             f"{frontend.info.architecture} has no labels: /v1/classify wants a model with a "
             "classification head"
         )
-    answers = await encode_all(request, native_body(body))
-    num_tokens = sum(answer["meta_info"]["prompt_tokens"] for answer in answers)
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "completion_tokens": 0}
+    answers = await encode_all(request, native_body(body), NAMES)
     return bodies.json(
         {
             "id": f"classify-{uuid.uuid4().hex}",
             "object": "list",
             "created": int(time.time()),
-            "model": body.get("model") or frontend.state.model_name,
             "data": [_classified(i, one["embedding"], labels) for i, one in enumerate(answers)],
-            "usage": usage,
+            **model_and_usage(body, request, answers),
         }
     )
 
