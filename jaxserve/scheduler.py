@@ -25,6 +25,7 @@ from jaxserve.stop_checker import StopChecker
 logger = logging.getLogger(__name__)
 LOOKAHEAD = 32  # tokens: rows get pages for so many at once, so that they rarely need any
 LEAST_SHARED = 32  # tokens: fewer are sooner computed twice than waited for
+MOST_PASSED_OVER = 1024  # requests in a step
 MOST_MATCHED_WAITING = 128  # beyond so many, lpm does not look prefixes up
 
 Policy = Literal["fcfs", "lpm"]
@@ -265,7 +266,8 @@ class Scheduler:
             self._estimate.on_idle()
         self._sort_waiting()
         while self.waiting and self._free_rows:
-            if self.waits_for_prompt(self.waiting[0]):
+            may_pass = len(passed_over) < MOST_PASSED_OVER
+            if may_pass and self.waits_for_prompt(self.waiting[0]):
                 passed_over.append(self.waiting.pop(0))
                 continue
             copy = self._try_to_admit(self.waiting[0])
@@ -286,23 +288,24 @@ class Scheduler:
         about one text, that come together."""
         if self.cache is None:
             return False
-        tokens, namespace = live.tokens, live.request.namespace
-        least = tokens[: self._least_shared]
-        others = [
-            other
-            for other in self.running
-            if self._num_to_share(other) >= self._least_shared
-            and other.request.namespace == namespace
-            and other.tokens[: self._least_shared] == least
-        ]
-        if not others:
-            return False
-        matched = self.cache.match_prefix(tokens, namespace=namespace, most=live.most_matched)
-        cached = matched.num_tokens
+        if live.waits_for is not None:  # prompts are long: they are compared once
+            other, epoch = live.waits_for
+            if other.epoch == epoch and self._num_to_share(other):
+                return True
+        found = (other for other in self.running if self._saves_half(other, live))
+        other = next(found, None)
+        live.waits_for = other and (other, other.epoch)
+        return other is not None
+
+    def _saves_half(self, other: LiveRequest, live: LiveRequest) -> bool:
+        # What the one found in the cache, the other will find there too.
+        cached, tokens = other.num_matched, live.tokens
         wanted = cached + max(self._least_shared, (len(tokens) - cached) // 2)
-        return wanted <= live.most_matched and any(
-            wanted <= self._num_to_share(other) and tokens[:wanted] == other.tokens[:wanted]
-            for other in others
+        return (
+            wanted <= min(self._num_to_share(other), live.most_matched)
+            and other.request.namespace == live.request.namespace
+            and tokens[: self._least_shared] == other.tokens[: self._least_shared]
+            and tokens[:wanted] == other.tokens[:wanted]
         )
 
     def _num_to_share(self, live: LiveRequest) -> int:
