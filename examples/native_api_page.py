@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from typing import Any
-
-import httpx
 
 import jaxserve
 
+START_SECONDS = 600
 DEMO_MODEL = pathlib.Path(jaxserve.__file__).with_name("demo_model")
 GENERATION = "qwen/qwen2.5-0.5b-instruct"
 EMBEDDING = "Alibaba-NLP/gte-Qwen2-1.5B-instruct"
@@ -95,11 +96,11 @@ def run_page(flags: str) -> None:
 
 
 def generate(url: str) -> None:
-    show(post(f"{url}/generate", {"text": "What is the capital of France?"}).json())
+    show(json.loads(post(f"{url}/generate", {"text": "What is the capital of France?"})))
 
 
 def get_model_info(url: str) -> None:
-    answer = get(f"{url}/get_model_info").json()
+    answer = json.loads(get(f"{url}/get_model_info"))
     show(answer)
     assert answer["model_path"] == "qwen/qwen2.5-0.5b-instruct"
     assert answer["is_generation"] is True
@@ -108,26 +109,27 @@ def get_model_info(url: str) -> None:
 
 
 def get_server_info(url: str) -> None:
-    show(get(f"{url}/get_server_info").text)
+    show(get(f"{url}/get_server_info"))
 
 
 def health(url: str) -> None:
-    show(get(f"{url}/health_generate").text)
-    show(get(f"{url}/health").text)
+    show(get(f"{url}/health_generate"))
+    show(get(f"{url}/health"))
 
 
 def flush_cache(url: str) -> None:
-    show(post(f"{url}/flush_cache").text)
+    show(post(f"{url}/flush_cache"))
 
 
 def update_weights(url: str) -> None:
-    response = post(f"{url}/update_weights_from_disk", {"model_path": "qwen/qwen2.5-0.5b-instruct"})
-    show(response.text)
-    assert response.json()["success"] is True
-    assert response.json()["message"] == "Succeeded to update model weights."
+    right = {"model_path": "qwen/qwen2.5-0.5b-instruct"}
+    answer = json.loads(post(f"{url}/update_weights_from_disk", right))
+    show(answer)
+    assert answer["success"] is True
+    assert answer["message"] == "Succeeded to update model weights."
 
     wrong = {"model_path": "qwen/qwen2.5-0.5b-instruct-wrong"}
-    answer = post(f"{url}/update_weights_from_disk", wrong).json()
+    answer = json.loads(post(f"{url}/update_weights_from_disk", wrong, status=400))
     show(answer)
     assert answer["success"] is False
     assert answer["message"] == (
@@ -136,7 +138,7 @@ def update_weights(url: str) -> None:
 
 
 def encode(url: str) -> None:
-    answer = post(f"{url}/encode", {"model": EMBEDDING, "text": "Once upon a time"}).json()
+    answer = json.loads(post(f"{url}/encode", {"model": EMBEDDING, "text": "Once upon a time"}))
     show(f"Text embedding (first 10): {answer['embedding'][:10]}")
 
 
@@ -154,13 +156,13 @@ def classify(url: str) -> None:
     ]
     tokenizer = AutoTokenizer.from_pretrained(REWARD)
     prompts = tokenizer.apply_chat_template(conversations, tokenize=False)
-    for answer in post(f"{url}/classify", {"model": REWARD, "text": prompts}).json():
+    for answer in json.loads(post(f"{url}/classify", {"model": REWARD, "text": prompts})):
         show(f"reward: {answer['embedding'][0]}")
 
 
 def record_experts(url: str) -> None:
     show(post(f"{url}/start_expert_distribution_record"))
-    show(post(f"{url}/generate", {"text": "What is the capital of France?"}).json())
+    show(json.loads(post(f"{url}/generate", {"text": "What is the capital of France?"})))
     show(post(f"{url}/stop_expert_distribution_record"))
     show(post(f"{url}/dump_expert_distribution_record"))
     output_file = glob.glob("expert_distribution_*.csv")[0]
@@ -188,12 +190,21 @@ class Server:
             port = probe.getsockname()[1]
         command = [sys.executable, "-m", "jaxserve.server", *self._flags, "--port", str(port)]
         self._process = subprocess.Popen(command)
-        url = f"http://localhost:{port}"
+        try:
+            self._wait(f"http://localhost:{port}")
+        except BaseException:
+            self.__exit__()
+            raise
+        return f"http://localhost:{port}"
+
+    def _wait(self, url: str) -> None:
+        deadline = time.monotonic() + START_SECONDS
         while not is_up(url):
             if self._process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self._process.returncode}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the server is not up after {START_SECONDS} s")
             time.sleep(0.2)
-        return url
 
     def __exit__(self, *_) -> None:
         self._process.terminate()
@@ -202,18 +213,27 @@ class Server:
 
 def is_up(url: str) -> bool:
     try:
-        headers = {"Authorization": "Bearer None"}
-        return httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
-    except httpx.TransportError:
+        return bool(get(f"{url}/v1/models"))
+    except OSError:
         return False
 
 
-def get(url: str) -> httpx.Response:
-    return httpx.get(url, timeout=60).raise_for_status()
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=60) as response:
+        return response.read().decode()
 
 
-def post(url: str, data: dict[str, Any] | None = None) -> httpx.Response:
-    return httpx.post(url, json=data, timeout=60)
+def post(url: str, data: dict[str, Any] | None = None, *, status: int = 200) -> str:
+    """The answer's text. Raises for any other status."""
+    body = b"" if data is None else json.dumps(data).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.read().decode()
+    except urllib.error.HTTPError as error:
+        if error.code != status:
+            raise
+        return error.read().decode()
 
 
 def show(what: Any) -> None:

@@ -3,7 +3,7 @@
 import concurrent.futures
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -75,22 +75,26 @@ def _jobs(
     for lines in buckets.patch_lines:
         size = lines * patch_width + len(state.batch)
         jobs["patch", lines] = (partial(programs.patch, lines), (state, _upload(size)), (0,))
-    for count in buckets.copies:
+    for count in buckets.copies if state.kv is not None else ():
         jobs["copy_pages", count] = (programs.copy_pages, (state, _upload(count, 3)), (0,))
     for tokens, rows in buckets.extend_shapes():
         function = partial(programs.extend, merge, attention, tokens, rows)
         arguments = (weights, state, _upload(3 * rows + tokens))
         jobs["extend", tokens, rows, True] = (function, arguments, (1,))
     if state.expert_ids is not None:
-        for tokens in {*buckets.extend_tokens, *_decoded_tokens(buckets)}:
-            function = partial(programs.peek_experts, tokens)
-            jobs["peek_experts", tokens] = (function, (state.expert_ids,), ())
+        jobs |= _peek_experts(state, buckets.extend_tokens)
     return jobs
 
 
-def _decoded_tokens(buckets: Buckets) -> Iterator[int]:
-    """How many tokens a decode dispatch runs over."""
-    return (rows * steps for rows in buckets.decode_rows for steps in buckets.decode_steps)
+def _peek_experts(state: State, sizes: Iterable[int]) -> dict[tuple, tuple]:
+    return {
+        ("peek_experts", tokens): (
+            functools.partial(programs.peek_experts, tokens),
+            (state.expert_ids,),
+            (),
+        )
+        for tokens in sizes
+    }
 
 
 def _sampling_jobs(
@@ -107,6 +111,9 @@ def _sampling_jobs(
         ),
         ("set_counts",): (programs.set_counts, (state, _upload(1 + state.counts.shape[1])), (0,)),
     }
+    if state.expert_ids is not None:
+        sizes = [rows * steps for rows in buckets.decode_rows for steps in buckets.decode_steps]
+        jobs |= _peek_experts(state, sizes)
     for wants_tops in (False, True):
         function = partial(programs.score, merge, wants_tops)
         arguments = (weights, state, _upload(buckets.scores, 3))

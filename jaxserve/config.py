@@ -119,7 +119,7 @@ class EngineConfig:
     chunked_prefill_size: int | None = option(
         None,
         group=MEMORY,
-        help="most prompt tokens in a step; longer prompts take several "
+        help="most prompt tokens in a step; longer prompts take several, but an encoder's raise it "
         "(default: 512 on a CPU, 8192 elsewhere)",
     )
     max_prefill_tokens: int = option(
@@ -176,12 +176,21 @@ class EngineConfig:
         None,
         group=LOGS,
         choices=("stat", "per_pass", "per_token"),
-        help="what /dump_expert_distribution_record writes, as safetensors in the folder "
-        "$SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR (/tmp): counts of each forward pass, or every "
-        "token's experts (default: all counts together, as a CSV in the working directory)",
+        help="what /dump_expert_distribution_record writes, as safetensors: stat, the counts of "
+        "each forward pass and how even they are; per_pass, the counts with the passes' numbers; "
+        "per_token, each token with its experts, prompts and answers therefore (mode 0600) "
+        "(default: all counts together, as a CSV in the working directory)",
+    )
+    expert_distribution_recorder_dir: str = option(
+        "/tmp",
+        group=LOGS,
+        help="folder of a mode's files; the command line takes it from the environment's "
+        "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR too",
     )
     expert_distribution_recorder_buffer_size: int = option(
-        1000, group=LOGS, help="forward passes that a mode keeps, the latest ones; -1 keeps all"
+        1000,
+        group=LOGS,
+        help="forward passes that a mode keeps in memory, the latest ones; -1 keeps all",
     )
     record_plans: str | None = option(
         None,
@@ -203,6 +212,8 @@ class EngineConfig:
             if value is not None and not low <= value <= high:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} {value}: must be from {low} to {high}")
+        if self.expert_distribution_recorder_buffer_size == 0:
+            raise ValueError("--expert-distribution-recorder-buffer-size 0: would keep nothing")
 
     @property
     def model_name(self) -> str:

@@ -151,7 +151,7 @@ def _copy_small_files(source: pathlib.Path, target: pathlib.Path, dtype: str | N
     for module in read_modules(source) if (source / MODULES_FILE).exists() else ():
         if (source / module.folder).is_dir():
             if module.folder:
-                shutil.copytree(source / module.folder, target / module.folder)
+                shutil.copytree(source / module.folder, target / module.folder, dirs_exist_ok=True)
         elif module.kind != "Normalize":  # it has no files, and git keeps no empty folder
             raise FileNotFoundError(
                 f"{source / module.folder} is missing, which {MODULES_FILE} names"

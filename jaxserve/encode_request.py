@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from jaxserve.body_fields import as_object, refuse_unserved
+from jaxserve.body_fields import as_object, flag, refuse_unserved
 from jaxserve.errors import RequestError
 from jaxserve.generate_request import Item, body_items, make_request
 from jaxserve.messages import EmbeddingInfo, EngineInfo
@@ -24,6 +24,8 @@ ONLY_EMBEDDINGS = (
     "--is-embedding, with a model that predicts tokens."
 )
 
+NO_PAIRS = "text must be a string or a list of strings: only an encoder takes pairs of texts"
+
 # Keys that SGLang knows and we do not serve yet: these values mean "not asked for".
 NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "image_data": (),
@@ -31,7 +33,6 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "video_data": (),
     "input_embeds": (),
     "lora_path": (),
-    "is_cross_encoder_request": (False,),
     "return_pooled_hidden_states": (False,),
 }
 
@@ -67,7 +68,16 @@ class EncodeRequest:
                 "text and input_ids cannot be provided at the same time", param="input_ids"
             )
         _check_sampling(body.get("sampling_params"))
-        items, is_batch = body_items(body, most_items=MOST_TEXTS)
+        pairs, is_one_pair = _pairs(body)
+        if pairs is None:
+            items, is_batch = body_items(body, most_items=MOST_TEXTS)
+            return cls(items, is_batch, _dimensions(body))
+        firsts = pairs[0][0] if is_one_pair else [first for first, _ in pairs]
+        items, is_batch = body_items({**body, "text": firsts}, most_items=MOST_TEXTS)
+        items = [
+            dataclasses.replace(item, second=second)
+            for item, (_, second) in zip(items, pairs, strict=True)
+        ]
         return cls(items, is_batch, _dimensions(body))
 
     def requests(
@@ -83,6 +93,8 @@ class EncodeRequest:
         """
         if self.dimensions is not None:
             _check_dimensions(self.dimensions, info.embedding)
+        if info.encoder is None and any(item.second is not None for item in self.items):
+            raise RequestError(NO_PAIRS, param="text")
         made = (make_request(item, tokenizer, info, **options) for item in self.items)
         return [msgspec.structs.replace(one, max_new_tokens=0, is_pooled=True) for one in made]
 
@@ -92,6 +104,29 @@ def _check_sampling(given: Any) -> None:
     for parameters in given if isinstance(given, list) else [given]:
         if parameters is not None:
             SamplingParams.parse(parameters)
+
+
+def _pairs(body: Mapping[str, Any]) -> tuple[list[list[str]] | None, bool]:
+    """The pairs of a body, None where it has single texts or ids, and whether it is one pair alone,
+    which only `is_cross_encoder_request` tells from two texts."""
+    text, is_asked = body.get("text"), flag(body, "is_cross_encoder_request")
+    is_list = isinstance(text, list) and bool(text)
+    if not is_asked and not (is_list and isinstance(text[0], list | tuple)):
+        return None, False
+    is_one = is_list and isinstance(text[0], str)
+    pairs = [text] if is_one else text
+    if not is_list or not all(map(_is_pair, pairs)):
+        raise RequestError(
+            "text must be a list of pairs, [query, document], or without is_cross_encoder_request "
+            "a string or a list of strings",
+            param="text",
+        )
+    return pairs, is_one
+
+
+def _is_pair(value: Any) -> bool:
+    is_two = isinstance(value, list | tuple) and len(value) == 2
+    return is_two and all(isinstance(one, str) for one in value)
 
 
 def _dimensions(body: Mapping[str, Any]) -> int | None:

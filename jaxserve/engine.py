@@ -110,7 +110,7 @@ class Engine:
 
     def encode(
         self,
-        prompt: str | list[str] | None = None,
+        prompt: str | list[str] | list[list[str]] | None = None,
         *,
         input_ids: list[int] | list[list[int]] | None = None,
         dimensions: int | None = None,
@@ -120,6 +120,7 @@ class Engine:
         all are there. For a model that answers with vectors (`is_embedding=True`).
 
         Args:
+          prompt: of an encoder, pairs of texts too: [[query, document], ...].
           dimensions: that vectors are cut to, where the model allows it.
           fields: any other of /encode (`rid`, `priority`, ...).
 
@@ -134,7 +135,7 @@ class Engine:
 
     async def async_encode(
         self,
-        prompt: str | list[str] | None = None,
+        prompt: str | list[str] | list[list[str]] | None = None,
         *,
         input_ids: list[int] | list[list[int]] | None = None,
         dimensions: int | None = None,

@@ -18,8 +18,14 @@ from jaxserve.compile_counter import CompileCounter
 from jaxserve.config import EngineConfig
 from jaxserve.engine_core import EngineCore
 from jaxserve.expert_recorder import ExpertRecorder
-from jaxserve.memory_plan import MemoryPlan, device_memory, pages_per_row, plan_memory
-from jaxserve.messages import EmbeddingInfo, EngineInfo, ExpertInfo
+from jaxserve.memory_plan import (
+    MemoryPlan,
+    device_memory,
+    page_size_of,
+    pages_per_row,
+    plan_memory,
+)
+from jaxserve.messages import EmbeddingInfo, EncoderInfo, EngineInfo, ExpertInfo
 from jaxserve.model_loader import ModelFiles, num_bytes
 from jaxserve.models import batch_invariant
 from jaxserve.models.config import ModelConfig
@@ -55,12 +61,15 @@ class Sizes:
     bucket_growth: int
 
     @classmethod
-    def of(cls, config: EngineConfig, is_cpu: bool) -> "Sizes":
+    def of(cls, config: EngineConfig, model: ModelConfig, is_cpu: bool) -> "Sizes":
+        # An encoder's text is computed in one step.
+        longest_whole = 0 if model.encoder is None else model.context_length
+        max_prefill_tokens = min(
+            config.chunked_prefill_size or (512 if is_cpu else 8192), config.max_prefill_tokens
+        )
         return cls(
             max_rows=config.max_running_requests or (16 if is_cpu else 256),
-            max_prefill_tokens=min(
-                config.chunked_prefill_size or (512 if is_cpu else 8192), config.max_prefill_tokens
-            ),
+            max_prefill_tokens=max(max_prefill_tokens, longest_whole),
             # A CPU compiles slowly, and padding costs its attention nothing: fewer buckets.
             bucket_growth=4 if is_cpu else 2,
         )
@@ -103,7 +112,7 @@ def _build(
     files = ModelFiles.find(config)
     log_file = create_file(config.record_plans) if config.record_plans else None
     tokenizer, tokenizer_folder = _load_tokenizer(config, files.folder)
-    sizes = Sizes.of(config, is_cpu)
+    sizes = Sizes.of(config, files.config, is_cpu)
     buckets = Buckets.make(
         sizes.max_rows,
         sizes.max_prefill_tokens,
@@ -133,7 +142,8 @@ def _build(
         pooling=files.config.pooling,
         deterministic=config.deterministic,
     )
-    _log_kv_cache(memory)
+    if files.config.encoder is None:
+        _log_kv_cache(memory)
     scheduler = _make_scheduler(config, files, sizes, memory)
     logger.info(
         "max_total_num_tokens=%d, chunked_prefill_size=%d, max_running_requests=%d, context_len=%d",
@@ -174,7 +184,12 @@ def _expert_recorder(config: EngineConfig, info: EngineInfo) -> ExpertRecorder |
         config.expert_distribution_recorder_buffer_size,
     )
     if info.experts is not None:
-        return ExpertRecorder(info.experts, mode, None if most_passes < 0 else most_passes)
+        return ExpertRecorder(
+            info.experts,
+            mode,
+            None if most_passes < 0 else most_passes,
+            config.expert_distribution_recorder_dir,
+        )
     if mode is not None:
         raise ValueError(
             f"--expert-distribution-recorder-mode {mode}: {info.architecture} has no experts"
@@ -188,10 +203,11 @@ def _make_scheduler(
     allocator = PageAllocator(memory.num_pages)
     return Scheduler(
         allocator,
-        RadixCache(config.page_size, allocator) if _may_cache(config, files) else None,
-        page_size=config.page_size,
+        RadixCache(memory.page_size, allocator) if _may_cache(config, files) else None,
+        page_size=memory.page_size,
         max_rows=sizes.max_rows,
         max_prefill_tokens=sizes.max_prefill_tokens,
+        may_chunk=files.config.encoder is None,
         num_decode_steps=config.num_continuous_decode_steps,
         policy=config.schedule_policy,
         max_waiting=config.max_queued_requests,
@@ -220,7 +236,7 @@ def _engine_info(
         max_total_num_tokens=memory.max_total_tokens,
         max_running_requests=sizes.max_rows,
         chunked_prefill_size=sizes.max_prefill_tokens,
-        page_size=config.page_size,
+        page_size=memory.page_size,
         eos_token_ids=sorted(eos),
         dtype=files.config.dtype,
         device=device.device_kind,
@@ -230,6 +246,7 @@ def _engine_info(
         startup_seconds=stopwatch.total,
         startup_phases=stopwatch.seconds,
         embedding=_embedding_info(files.config.pooling),
+        encoder=_encoder_info(files.config),
         experts=_expert_info(files.config),
     )
 
@@ -238,14 +255,15 @@ def _state_shape(
     config: EngineConfig, files: ModelFiles, sizes: Sizes, buckets: Buckets, num_pages: int
 ) -> StateShape:
     model = files.config
+    page_size = page_size_of(config, model)
     return StateShape(
         max_rows=sizes.max_rows,
-        pages_per_row=pages_per_row(model.context_length, config.page_size),
+        pages_per_row=pages_per_row(model.context_length, page_size),
         max_steps=config.num_continuous_decode_steps,
         max_tokens=buckets.extend_tokens[-1],
-        num_layers=model.num_layers,
+        num_layers=model.num_layers if model.encoder is None else 0,
         num_pages=num_pages,
-        page_size=config.page_size,
+        page_size=page_size,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         hidden_size=model.hidden_size,
@@ -271,6 +289,9 @@ def _expert_info(model: ModelConfig) -> ExpertInfo | None:
 def _may_cache(config: EngineConfig, files: ModelFiles) -> bool:
     """Whether requests may use what others have computed."""
     pooling = files.config.pooling
+    if files.config.encoder is not None:
+        logger.info("No KV cache, no prefix cache: each token of an encoder sees its whole text.")
+        return False
     if pooling is None or not pooling.needs_all_tokens:
         return not config.disable_radix_cache
     logger.info("No prefix cache: pooling by %s needs every token of a text.", pooling.mode)
@@ -281,7 +302,12 @@ def _embedding_info(pooling: PoolingConfig | None) -> EmbeddingInfo | None:
     if pooling is None:
         return None
     allowed = pooling.dimensions
-    return EmbeddingInfo(pooling.size, None if allowed is None else list(allowed))
+    dimensions = None if allowed is None else list(allowed)
+    return EmbeddingInfo(pooling.size, dimensions, list(pooling.labels))
+
+
+def _encoder_info(model: ModelConfig) -> EncoderInfo | None:
+    return None if model.encoder is None else EncoderInfo(model.encoder.num_token_types)
 
 
 def _weight_loader(

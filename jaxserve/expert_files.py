@@ -4,38 +4,57 @@ Where SGLang writes torch pickles, these are safetensors: the same names and sha
 that runs when they are read.
 """
 
+import dataclasses
+import logging
 import os
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int, Int64
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from jaxtyping import Int, Int16, Int32, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
+from jaxserve.errors import RequestError
+from jaxserve.expert_load import utilization
 from jaxserve.messages import ExpertInfo
 
-if TYPE_CHECKING:
-    from jaxserve.expert_recorder import ForwardPass
-
-FOLDER = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"  # environment: of all but the CSV
+logger = logging.getLogger(__name__)
+NUM_EXPERTS = "num_experts"  # in the metadata
 HEADER = "layer_id,expert_id,count"
 MOST_NUMBER = 4096  # of layers and of experts in a CSV: what a table in memory can be
 
 
+@dataclasses.dataclass(frozen=True)
+class ForwardPass:
+    """What one run of the model did, padding left out."""
+
+    number: int
+    is_decode: bool
+    tokens: Int32[np.ndarray, " T"]  # -1 where what was computed is nobody's any more
+    positions: Int32[np.ndarray, " T"]
+    expert_ids: Int16[np.ndarray, "T L k"]  # in layers that have experts
+
+
 def write_counts(counts: Int64[np.ndarray, "layers E"]) -> pathlib.Path:
-    """A CSV in the working directory, without the experts that nobody took."""
-    lines = [f"{layer},{expert},{counts[layer, expert]}" for layer, expert in np.argwhere(counts)]
-    path = pathlib.Path.cwd() / f"expert_distribution_rank0_timestamp{time.time()}.csv"
-    return _write(path, "\n".join([HEADER, *lines, ""]).encode())
+    """A CSV in the working directory, without the experts that nobody took; but where there is a
+    count at all the last expert of the last layer is there, so that a reader knows how many."""
+    taken = counts > 0
+    if counts.any():
+        taken[-1, -1] = True
+    lines = [f"{layer},{expert},{counts[layer, expert]}" for layer, expert in np.argwhere(taken)]
+    name = f"expert_distribution_rank0_timestamp{time.time()}.csv"
+    return _write(pathlib.Path.cwd(), name, "\n".join([HEADER, *lines, ""]).encode(), mode=0o644)
 
 
-def write_statistics(counts: Int[np.ndarray, "passes layers E"]) -> pathlib.Path:
+def write_statistics(
+    folder: pathlib.Path, counts: Int[np.ndarray, "passes layers E"]
+) -> pathlib.Path:
     """Mode stat: `logical_count`; the metadata has the mean utilization."""
     rate = str(utilization(counts))
     return _write_tensors(
+        folder,
         {"logical_count": counts.astype(np.int32)},
         {"rank": "0", "average_utilization_rate_over_window": rate},
         rank_suffix="",
@@ -43,17 +62,19 @@ def write_statistics(counts: Int[np.ndarray, "passes layers E"]) -> pathlib.Path
 
 
 def write_passes(
-    numbers: Sequence[int], counts: Int[np.ndarray, "passes layers E"]
+    folder: pathlib.Path, numbers: Sequence[int], counts: Int[np.ndarray, "passes layers E"]
 ) -> pathlib.Path:
     """Mode per_pass: `forward_pass_id` and `global_physical_count`."""
     tensors = {
         "forward_pass_id": np.array(numbers, np.int64),
         "global_physical_count": counts.astype(np.int32),
     }
-    return _write_tensors(tensors, {"rank": "0", "gatherer_key": "primary"})
+    return _write_tensors(folder, tensors, {"rank": "0", "gatherer_key": "primary"})
 
 
-def write_tokens(passes: Sequence["ForwardPass"], info: ExpertInfo) -> pathlib.Path:
+def write_tokens(
+    folder: pathlib.Path, passes: Sequence[ForwardPass], info: ExpertInfo
+) -> pathlib.Path:
     """Mode per_token: the tokens of all passes one after the other, `num_tokens` of each pass.
     `topk_ids_of_layer` is [layers, tokens, top_k], -1 in layers without experts."""
     sizes = np.array([len(one.tokens) for one in passes], np.int64)
@@ -70,7 +91,8 @@ def write_tokens(passes: Sequence["ForwardPass"], info: ExpertInfo) -> pathlib.P
         "positions": np.concatenate(nothing + [one.positions for one in passes]),
         "topk_ids_of_layer": chosen,
     }
-    return _write_tensors(tensors, {"rank": "0", "gatherer_key": "primary"})
+    metadata = {"rank": "0", "gatherer_key": "primary", NUM_EXPERTS: str(info.num_experts)}
+    return _write_tensors(folder, tensors, metadata)
 
 
 def read_counts(path: pathlib.Path) -> Int64[np.ndarray, "layers E"]:
@@ -83,7 +105,11 @@ def read_counts(path: pathlib.Path) -> Int64[np.ndarray, "layers E"]:
     if path.suffix == ".csv":
         return _read_csv(path)
     try:
-        tensors = load(path.read_bytes())
+        with safe_open(path, "numpy") as file:
+            metadata, tensors = (
+                file.metadata() or {},
+                {key: file.get_tensor(key) for key in sorted(file.keys())},
+            )
     except SafetensorError as error:
         raise ValueError(f"{path} is neither a CSV nor safetensors: {error}") from error
     for name in ("logical_count", "global_physical_count"):
@@ -92,7 +118,7 @@ def read_counts(path: pathlib.Path) -> Int64[np.ndarray, "layers E"]:
     chosen = tensors.get("topk_ids_of_layer")
     if chosen is None or chosen.ndim != 3:
         raise ValueError(f"{path} has no record of experts, only {sorted(tensors)}")
-    num_experts = int(chosen.max(initial=0)) + 1
+    num_experts = int(metadata.get(NUM_EXPERTS, chosen.max(initial=0) + 1))
     rows = [np.bincount(layer[layer >= 0], minlength=num_experts) for layer in chosen]
     return np.stack(rows).astype(np.int64)
 
@@ -102,7 +128,8 @@ def _read_csv(path: pathlib.Path) -> Int64[np.ndarray, "layers E"]:
     if header != HEADER:
         raise ValueError(f"{path} does not begin with {HEADER}")
     try:
-        rows = np.array([line.split(",") for line in lines], np.int64).reshape(-1, 3)
+        rows = np.array([[int(part) for part in line.split(",")] for line in lines], np.int64)
+        rows = rows.reshape(len(lines), 3)
     except ValueError as error:
         raise ValueError(f"{path} has a line that is not three integers") from error
     layers, experts, counts = rows.T
@@ -113,26 +140,33 @@ def _read_csv(path: pathlib.Path) -> Int64[np.ndarray, "layers E"]:
     return table
 
 
-def utilization(counts: Int[np.ndarray, "passes layers E"]) -> float:
-    """The mean expert's load over the busiest one's, over all passes and layers with experts."""
-    busiest = counts.max(axis=-1, initial=0)
-    used = busiest > 0
-    return float((counts.mean(axis=-1)[used] / busiest[used]).mean()) if used.any() else 0.0
-
-
 def _write_tensors(
-    tensors: dict[str, np.ndarray], metadata: dict[str, str], rank_suffix: str = "_0"
+    folder: pathlib.Path,
+    tensors: dict[str, np.ndarray],
+    metadata: dict[str, str],
+    rank_suffix: str = "_0",
 ) -> pathlib.Path:
-    folder = pathlib.Path(os.environ.get(FOLDER, "/tmp"))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"expert_distribution_recorder_{time.time()}{rank_suffix}.safetensors"
+    """For nobody else to read: with every token there are whole prompts and answers."""
+    name = f"expert_distribution_recorder_{time.time()}{rank_suffix}.safetensors"
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    return _write(path, save(tensors, metadata))
+    return _write(folder, name, save(tensors, metadata), mode=0o600)
 
 
-def _write(path: pathlib.Path, content: bytes) -> pathlib.Path:
-    """At once or not at all: a reader looks for the name."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+def _write(folder: pathlib.Path, name: str, content: bytes, mode: int) -> pathlib.Path:
+    """At once or not at all, since readers look for the name.
+
+    Raises RequestError where it cannot be written; the record is lost.
+    """
+    path, partial = folder / name, folder / f".{name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        partial.replace(path)
+    except OSError as error:
+        words = f"the record of experts is lost: {path} cannot be written: {error.strerror}"
+        logger.error("%s", words)
+        raise RequestError(words, status=500) from error
+    logger.info("Write expert distribution to %s", path)
     return path

@@ -3,14 +3,9 @@
 import pathlib
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 
-
-def balance(counts: Int64[np.ndarray, "layers E"]) -> Float[np.ndarray, " layers"]:
-    """The busiest expert's load over the mean expert's: 1 where all are the same, the number of
-    experts where one does all; NaN in layers without any."""
-    mean = counts.mean(axis=1)
-    return np.divide(counts.max(axis=1), mean, out=np.full(len(counts), np.nan), where=mean > 0)
+from jaxserve.expert_load import balance
 
 
 def describe(counts: Int64[np.ndarray, "layers E"]) -> str:

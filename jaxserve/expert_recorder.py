@@ -1,16 +1,16 @@
 """How often each expert was taken, of every token that a step has computed."""
 
 import collections
-import dataclasses
 import logging
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int16, Int32, Int64
+from jaxtyping import Int16, Int64
 
 from jaxserve import expert_files
+from jaxserve.expert_files import ForwardPass
 from jaxserve.live_request import Schedule
 from jaxserve.messages import ExpertInfo
 
@@ -18,27 +18,24 @@ logger = logging.getLogger(__name__)
 Mode = Literal["stat", "per_pass", "per_token"]
 
 
-@dataclasses.dataclass(frozen=True)
-class ForwardPass:
-    """What one run of the model did, padding left out."""
-
-    number: int
-    is_decode: bool
-    tokens: Int32[np.ndarray, " T"]  # -1 where what was computed is nobody's any more
-    positions: Int32[np.ndarray, " T"]
-    expert_ids: Int16[np.ndarray, "T L k"]  # in layers that have experts
-
-
 class ExpertRecorder:
     """Is told of every step while it is on. A stop that only the host sees (a stop string) comes a
     step late: that step computes a token more, and it counts."""
 
-    def __init__(self, info: ExpertInfo, mode: Mode | None, most_passes: int | None):
+    def __init__(
+        self,
+        info: ExpertInfo,
+        mode: Mode | None = None,
+        most_passes: int | None = None,
+        folder: str | pathlib.Path = "/tmp",
+    ):
         """Args:
         mode: None counts over all passes, without a limit, for a CSV.
         most_passes: that a mode keeps, the latest ones; None keeps all.
+        folder: of a mode's files.
         """
         self.is_on = False
+        self._folder = pathlib.Path(folder)
         self._info, self._mode, self._most_passes = info, mode, most_passes
         self._num_passes = 0
         self._reset()
@@ -62,30 +59,29 @@ class ExpertRecorder:
             is_live = chosen[:, 0, 0] >= 0
             if not is_live.any():  # the dispatch was longer than its requests
                 continue
-            one = self._pass_of(schedule, number, chosen, is_live)
-            self._num_passes += 1
             if self._mode == "per_token":
-                self._passes.append(one)
+                self._passes.append(self._pass_of(schedule, number, chosen, is_live))
             elif self._mode is None:
-                self._total += self._count(one)
+                self._total += self._count(chosen[is_live])
             else:
-                self._passes.append((one.number, self._count(one)))
+                self._passes.append((self._num_passes, self._count(chosen[is_live])))
+            self._num_passes += 1
 
     def dump(self) -> Callable[[], pathlib.Path]:
         """Forgets what it has, but for a function that writes it to a file and returns which."""
-        info, passes, total = self._info, list(self._passes), self._total
+        info, folder, passes, total = self._info, self._folder, list(self._passes), self._total
         self._reset()
         logger.info("Resetting expert distribution record...")
         if self._mode is None:
             self.is_on = False
             return lambda: expert_files.write_counts(total)
         if self._mode == "per_token":
-            return lambda: expert_files.write_tokens(passes, info)
+            return lambda: expert_files.write_tokens(folder, passes, info)
         numbers, counts = [number for number, _ in passes], [count for _, count in passes]
         stacked = np.stack(counts) if counts else np.zeros((0, *total.shape), np.int32)
         if self._mode == "per_pass":
-            return lambda: expert_files.write_passes(numbers, stacked)
-        return lambda: expert_files.write_statistics(stacked)
+            return lambda: expert_files.write_passes(folder, numbers, stacked)
+        return lambda: expert_files.write_statistics(folder, stacked)
 
     def _reset(self) -> None:
         self._passes: collections.deque = collections.deque(maxlen=self._most_passes)
@@ -94,22 +90,17 @@ class ExpertRecorder:
     def _pass_of(
         self, schedule: Schedule, number: int, chosen: np.ndarray, is_live: np.ndarray
     ) -> ForwardPass:
-        if self._mode != "per_token":  # nothing else needs them
-            nothing = np.zeros(0, np.int32)
-            return ForwardPass(
-                self._num_passes, schedule.is_decode, nothing, nothing, chosen[is_live]
-            )
         inputs = list(_inputs(schedule, number))
         table = np.full((len(chosen), 2), -1, np.int32)
         table[: len(inputs)] = inputs
         tokens, positions = table[is_live].T
         return ForwardPass(self._num_passes, schedule.is_decode, tokens, positions, chosen[is_live])
 
-    def _count(self, one: ForwardPass) -> Int64[np.ndarray, "layers E"]:
+    def _count(self, chosen: Int16[np.ndarray, "T L k"]) -> Int64[np.ndarray, "layers E"]:
         """Layers without experts count nothing."""
         info = self._info
         first = np.array(info.sparse_layers)[:, None] * info.num_experts  # of each layer's counts
-        flat = (first + one.expert_ids).reshape(-1)
+        flat = (first + chosen).reshape(-1)
         counts = np.bincount(flat, minlength=info.num_layers * info.num_experts)
         return counts.reshape(info.num_layers, info.num_experts)
 

@@ -49,6 +49,7 @@ class Item:
     priority: int = 0
     namespace: str = ""
     experts_from: int | None = None  # the first position whose experts are wanted
+    second: str | None = None  # of a pair of texts, of which `text` is the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +156,10 @@ def make_request(
             "Please provide input_ids or re-initialize the engine with skip_tokenizer_init=False.",
             param="stop" if sampling.stop else "text",
         )
-    ids = item.input_ids
-    if ids is None:
+    ids, num_first = item.input_ids, None
+    if item.second is not None:
+        ids, num_first = _tokenize_pair(item, tokenizer, info, allow_auto_truncate)
+    elif ids is None:
         ids = _tokenize(item.text, tokenizer, info.context_length, allow_auto_truncate)
     if not ids:
         raise RequestError("input_ids cannot be empty.", param="input_ids")
@@ -165,6 +168,9 @@ def make_request(
     _check_bias(sampling, info.vocab_size)
     name = "text" if item.input_ids is None else "input_ids"
     ids = _fit(ids, name, item.asked_tokens, info, allow_auto_truncate)
+    if num_first is not None:
+        # As models/bert.py wants it.
+        ids = ids[:num_first] + [token + info.vocab_size for token in ids[num_first:]]
     _check_experts(item.experts_from, info, len(ids))
     room = info.max_req_len - len(ids) - 1
     wanted = room if sampling.max_new_tokens is None else sampling.max_new_tokens
@@ -184,6 +190,22 @@ def make_request(
 
 def _tokenize(text: str, tokenizer: Tokenizer, context: int, truncate: bool) -> list[int]:
     """The ids of a text, or enough of them to tell that it is too long."""
+    return tokenizer.encode(_beginning(text, tokenizer, context, truncate))
+
+
+def _tokenize_pair(
+    item: Item, tokenizer: Tokenizer, info: EngineInfo, truncate: bool
+) -> tuple[list[int], int | None]:
+    """The ids of two texts, and how many come before those of the second one's type: None where
+    the model knows one type only."""
+    limits = tokenizer, info.context_length, truncate
+    texts = [_beginning(text, *limits) for text in (item.text, item.second)]
+    ids, num_first = tokenizer.encode_pair(*texts)
+    return ids, num_first if info.encoder.num_token_types > 1 else None
+
+
+def _beginning(text: str, tokenizer: Tokenizer, context: int, truncate: bool) -> str:
+    """As much of a text as counts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -195,7 +217,7 @@ def _tokenize(text: str, tokenizer: Tokenizer, context: int, truncate: bool) -> 
             f"({context} tokens): its first {len(beginning)} characters alone have more tokens.",
             param="text",
         )
-    return tokenizer.encode(beginning)
+    return beginning
 
 
 def samples_of(request: Request, count: int) -> list[Request]:
@@ -256,14 +278,20 @@ def _check_bias(sampling: SamplingParams, vocab_size: int) -> None:
             )
 
 
+def longest_prompt(info: EngineInfo) -> int:
+    """Tokens of a prompt; all that the model has positions for, where none follows it."""
+    return max(info.max_req_len - RESERVED, 1) if info.encoder is None else info.context_length
+
+
 def _fit(
     ids: list[int], name: str, asked: int | None, info: EngineInfo, truncate: bool
 ) -> list[int]:
-    context = info.context_length
-    longest = max(info.max_req_len - RESERVED, 1)
+    context, longest = info.context_length, longest_prompt(info)
+    if truncate and len(ids) > longest and info.encoder is not None:
+        return [*ids[: longest - 1], ids[-1]]  # the token that ends a text ends what is left of it
     if truncate:
         return ids[:longest]
-    if len(ids) >= context:
+    if len(ids) > longest and len(ids) >= context:
         raise RequestError(
             f"The input ({len(ids)} tokens) is longer than the model's context length "
             f"({context} tokens).",

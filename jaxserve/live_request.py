@@ -34,6 +34,7 @@ class LiveRequest:
     epoch: int = 0  # of its stay in a row: what is read of an earlier one is dropped
     cached_tokens: int | None = None  # of the prompt, at its first admission
     num_retractions: int = 0
+    waits_for: "tuple[LiveRequest, int] | None" = None  # whose prompt, in which epoch
     is_mixed: bool = False  # its pages hold what different weights have computed
     sampler: Sampler = dataclasses.field(init=False)
 

@@ -110,7 +110,7 @@ def _plan(
     is_cpu: bool,
     state_bytes: int,
 ) -> MemoryPlan:
-    page_size = config.page_size
+    page_size = page_size_of(config, model)
     page_bytes = (
         2
         * model.num_layers
@@ -129,6 +129,10 @@ def _plan(
             f"{format_bytes(device_bytes)} leaves {format_bytes(max(static_bytes, 0))}: raise it, "
             f"or take {'--weight-reload host, ' if reload_bytes else ''}a smaller model or --dtype"
         )
+    if model.encoder is not None:
+        page_bytes, num_pages = 0, 1 + max_rows
+        rest = way, reload_bytes, state_bytes
+        return MemoryPlan(device_bytes, weight_bytes, page_bytes, num_pages, page_size, *rest)
     fitting = (static_bytes - weight_bytes - reload_bytes) // page_bytes
     if config.max_total_tokens is not None:
         num_pages = 1 + -(-config.max_total_tokens // page_size)
@@ -151,6 +155,12 @@ def _plan(
     return MemoryPlan(
         device_bytes, weight_bytes, page_bytes, num_pages, page_size, way, reload_bytes, state_bytes
     )
+
+
+def page_size_of(config: EngineConfig, model: ModelConfig) -> int:
+    """Tokens in a page. An encoder has no KV cache: of its pages, which take no memory, a row has
+    one, whatever its text."""
+    return config.page_size if model.encoder is None else model.context_length
 
 
 def pages_per_row(context_length: int, page_size: int) -> int:

@@ -32,6 +32,13 @@ class EmbeddingInfo(msgspec.Struct, frozen=True):
 
     size: int
     dimensions: list[int] | None  # that a vector may be cut to; empty: any; None: only its own
+    labels: list[str] = []  # of the scores that a head gives in a vector's place
+
+
+class EncoderInfo(msgspec.Struct, frozen=True):
+    """Of a model whose tokens see those behind them too: it takes pairs of texts."""
+
+    num_token_types: int
 
 
 class ExpertInfo(msgspec.Struct, frozen=True):
@@ -66,11 +73,17 @@ class EngineInfo(msgspec.Struct, frozen=True):
     startup_phases: dict[str, float]  # seconds; they may overlap
     embedding: EmbeddingInfo | None = None  # None: it predicts tokens
     experts: ExpertInfo | None = None
+    encoder: EncoderInfo | None = None
 
     @property
     def max_req_len(self) -> int:
         """Tokens of a request, prompt and output."""
         return min(self.context_length, self.max_total_num_tokens) - 1
+
+    @property
+    def is_cross_encoder(self) -> bool:
+        """Scores pairs of texts."""
+        return self.encoder is not None and bool(self.embedding.labels)
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

@@ -27,6 +27,7 @@ from jaxserve.models.weights import ShardProgress, load_params
 
 logger = logging.getLogger(__name__)
 
+BARE_NAMES = ("embed_tokens.weight", "embeddings.word_embeddings.weight")
 DIGEST_THREADS = 8  # hashing leaves the GIL
 SHARD_BAR = (
     "{desc}: {percentage:3.0f}% Completed | {n_fmt}/{total_fmt} "
@@ -65,6 +66,8 @@ class ModelFiles:
             raw = json.load(file) | overrides
         if config.is_embedding or is_pooled(model.architecture):
             pooling = _find_pooling(folder, raw, model, config.load_format)
+            if config.deterministic and model.encoder is not None:
+                raise ValueError(f"--deterministic: {model.architecture} has no such attention")
             if config.deterministic and pooling.mode == "mean":
                 raise ValueError("--deterministic: a mean depends on the chunks of a text")
             model = dataclasses.replace(model, pooling=pooling)
@@ -153,9 +156,16 @@ def _find_pooling(
     if head is None and load_format != "dummy":
         with contextlib.suppress(FileNotFoundError):  # the caller has the weights
             checkpoint = open_checkpoint(folder, load_format)
-            is_bare = "embed_tokens.weight" in checkpoint
+            is_bare = any(name in checkpoint for name in BARE_NAMES)
             checkpoint.close()
-    return PoolingConfig.of(folder, raw, hidden_size=model.hidden_size, head=head, is_bare=is_bare)
+    return PoolingConfig.of(
+        folder,
+        raw,
+        hidden_size=model.hidden_size,
+        head=head,
+        is_bare=is_bare,
+        is_whole=model.encoder is not None,
+    )
 
 
 def needed_parts(config: EngineConfig) -> set[hub.Part]:

@@ -17,6 +17,7 @@ from jaxserve import sampling as sampling_ops
 from jaxserve.models.batch_invariant import BatchInvariant, rowwise
 from jaxserve.models.heads import vectors_of
 from jaxserve.models.interface import CausalLM, Embedder
+from jaxserve.models.packed_attention import PackedAttention
 from jaxserve.models.paged_attention import PagedAttention
 from jaxserve.models.pooling import PoolingConfig, PoolingMode
 from jaxserve.state import State
@@ -210,7 +211,10 @@ def pool(
         count = state.seq_len[rows, None] if pooling.mode == "mean" else 1
         hidden = state.pooled[rows] / jnp.maximum(count, 1)
     else:
-        hidden = state.hidden[state.sampling_tokens[:num_rows]]
+        tokens = state.sampling_tokens[:num_rows]
+        if pooling.mode == "cls":  # all of the text is in this step
+            tokens = tokens - (state.seq_len[rows] - 1)
+        hidden = state.hidden[tokens]
     model = merge(weights)
     vectors = rowwise(model, functools.partial(vectors_of, model, pooling), hidden)
     finish = jnp.where(jnp.isfinite(vectors).all(axis=-1), OUT_OF_LENGTH, NOT_FINITE)
@@ -322,6 +326,9 @@ def _run_model(
     """The packed tokens' hidden states; their keys and values go to their rows' pages, those of
     tokens that are not live to the trash page. Their experts are noted as those of this step of
     the dispatch."""
+    if state.kv is None:
+        hidden, _ = model(tokens, positions, PackedAttention.of(batch.query_start_loc, is_live))
+        return state, hidden
     page_size = state.kv.page_size
     slots = state.page_table[owner, positions // page_size] * page_size + positions % page_size
     slots = jnp.where(is_live, slots, 0)

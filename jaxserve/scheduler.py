@@ -25,6 +25,7 @@ from jaxserve.stop_checker import StopChecker
 logger = logging.getLogger(__name__)
 LOOKAHEAD = 32  # tokens: rows get pages for so many at once, so that they rarely need any
 LEAST_SHARED = 32  # tokens: fewer are sooner computed twice than waited for
+MOST_PASSED_OVER = 1024  # requests in a step
 MOST_MATCHED_WAITING = 128  # beyond so many, lpm does not look prefixes up
 
 Policy = Literal["fcfs", "lpm"]
@@ -39,6 +40,7 @@ class Scheduler:
         page_size: int,
         max_rows: int,
         max_prefill_tokens: int,
+        may_chunk: bool = True,
         num_decode_steps: int = 1,
         policy: Policy = "fcfs",
         max_waiting: int | None = None,
@@ -48,6 +50,8 @@ class Scheduler:
         """Without a cache, no request uses what another has computed.
 
         Args:
+          may_chunk: a prompt may take several steps. Where it may not, none has more tokens than
+            `max_prefill_tokens`.
           num_decode_steps: in one dispatch, while no prompt is being computed.
           max_waiting: requests beyond which new ones are refused.
           least_shared: tokens for which a request waits for somebody else to compute them.
@@ -59,6 +63,7 @@ class Scheduler:
         self.running: list[LiveRequest] = []  # in order of admission
         self.num_retractions = 0
         self._page_size, self._max_prefill_tokens = page_size, max_prefill_tokens
+        self._may_chunk = may_chunk
         self._num_decode_steps, self._policy = num_decode_steps, policy
         self._max_waiting, self._least_shared = max_waiting, least_shared
         self._estimate = OutputEstimate(conservativeness)
@@ -261,7 +266,8 @@ class Scheduler:
             self._estimate.on_idle()
         self._sort_waiting()
         while self.waiting and self._free_rows:
-            if self.waits_for_prompt(self.waiting[0]):
+            may_pass = len(passed_over) < MOST_PASSED_OVER
+            if may_pass and self.waits_for_prompt(self.waiting[0]):
                 passed_over.append(self.waiting.pop(0))
                 continue
             copy = self._try_to_admit(self.waiting[0])
@@ -282,23 +288,24 @@ class Scheduler:
         about one text, that come together."""
         if self.cache is None:
             return False
-        tokens, namespace = live.tokens, live.request.namespace
-        least = tokens[: self._least_shared]
-        others = [
-            other
-            for other in self.running
-            if self._num_to_share(other) >= self._least_shared
-            and other.request.namespace == namespace
-            and other.tokens[: self._least_shared] == least
-        ]
-        if not others:
-            return False
-        matched = self.cache.match_prefix(tokens, namespace=namespace, most=live.most_matched)
-        cached = matched.num_tokens
+        if live.waits_for is not None:  # prompts are long: they are compared once
+            other, epoch = live.waits_for
+            if other.epoch == epoch and self._num_to_share(other):
+                return True
+        found = (other for other in self.running if self._saves_half(other, live))
+        other = next(found, None)
+        live.waits_for = other and (other, other.epoch)
+        return other is not None
+
+    def _saves_half(self, other: LiveRequest, live: LiveRequest) -> bool:
+        # What the one found in the cache, the other will find there too.
+        cached, tokens = other.num_matched, live.tokens
         wanted = cached + max(self._least_shared, (len(tokens) - cached) // 2)
-        return wanted <= live.most_matched and any(
-            wanted <= self._num_to_share(other) and tokens[:wanted] == other.tokens[:wanted]
-            for other in others
+        return (
+            wanted <= min(self._num_to_share(other), live.most_matched)
+            and other.request.namespace == live.request.namespace
+            and tokens[: self._least_shared] == other.tokens[: self._least_shared]
+            and tokens[:wanted] == other.tokens[:wanted]
         )
 
     def _num_to_share(self, live: LiveRequest) -> int:
@@ -383,6 +390,8 @@ class Scheduler:
                 continue
             start = live.num_computed
             tokens = live.tokens[start : start + budget]
+            if not self._may_chunk and len(tokens) < live.prefill_len - start:
+                continue  # the oldest of those left out has the whole next step
             budget -= len(tokens)
             live.num_computed += len(tokens)
             num_samples = 0

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import jax
 import msgspec
 
+from jaxserve.answer_queue import AnswerQueue
 from jaxserve.background import Done, Task
 from jaxserve.errors import RequestError
 from jaxserve.expert_recorder import ExpertRecorder
 from jaxserve.messages import Call, FromEngine, Reply, StepNews
 from jaxserve.pending_update import PendingUpdate, report
-from jaxserve.read_queue import ReadQueue
 from jaxserve.request import FinishReason
 from jaxserve.runner import Runner
 from jaxserve.served_weights import ServedWeights
@@ -45,7 +45,9 @@ class ServingControl:
         self._engine, self._runner, self._loader = engine, runner, loader
         self._update: PendingUpdate | None = None
         self._last_update: dict[str, Any] | None = None
-        self._served_weights, self._reads = served_weights, ReadQueue()
+        self._served_weights = served_weights
+        self._reads = AnswerQueue("reading the weights")  # each may copy a whole parameter
+        self._dumps = AnswerQueue("writing a record of experts")
         self._missing: frozenset[str] = frozenset()  # tensors whose values are gone
         self._operations: dict[str, Callable[..., list[FromEngine]]] = {
             "update_weights": self._start_update,
@@ -69,12 +71,18 @@ class ServingControl:
     @property
     def is_busy(self) -> bool:
         """Something is under way that `settle` has to finish."""
+        return self._uses_weights or not self._dumps.is_empty
+
+    @property
+    def _uses_weights(self) -> bool:
         return self._update is not None or not self._reads.is_empty
 
     @property
     def is_due(self) -> bool:
         """And can be finished, unless it waits for requests that run."""
-        if self._reads.is_reading:
+        if self._dumps.is_due:
+            return True
+        if self._reads.is_working:
             return self._reads.is_due
         return self._is_loaded
 
@@ -98,6 +106,7 @@ class ServingControl:
         """To be called between two steps: finishes what can be, and tells it."""
         # New weights that are there wait for one read at most, however many are asked for.
         news: list[FromEngine] = [*self._reads.settle(may_start=not self._is_loaded)]
+        news += self._dumps.settle()
         if self._update is not None:
             news += self._settle_update(self._update)
         return news
@@ -147,7 +156,7 @@ class ServingControl:
         scheduler = self._engine.scheduler
         try:
             loaded = update.loaded(self._loader.timeout)
-            if loaded is None or self._reads.is_reading:  # which holds the old weights
+            if loaded is None or self._reads.is_working:  # which holds the old weights
                 return []
             # Where generation is paused, nobody will finish: who is in a row goes on in place.
             if update.request.in_flight == "wait" and self.may_generate:
@@ -237,9 +246,10 @@ class ServingControl:
 
     def _dump_expert_record(self, call_id: int) -> list[FromEngine]:
         """The file may be large: it is written beside the steps."""
-        recorder, news = self._expert_recorder(), self._engine.drain()
-        write = recorder.dump()
-        self._reads.add(call_id, lambda: str(write()))
+        recorder = self._expert_recorder()
+        self._dumps.check_room()  # before anything is drained, which must be told
+        news, write = self._engine.drain(), recorder.dump()
+        self._dumps.add(call_id, lambda: str(write()))
         return news
 
     def _expert_recorder(self) -> ExpertRecorder:
@@ -264,7 +274,7 @@ class ServingControl:
 
     def _release_memory(self, call_id: int, tags: list[Memory]) -> list[FromEngine]:
         """Requests that run are computed anew afterwards; new ones are refused meanwhile."""
-        if self.is_busy:
+        if self._uses_weights:
             raise RequestError("The weights are being updated or read.", status=409)
         tags = [tag for tag in get_args(Memory) if tag in tags and tag not in self.state.released]
         news = self._engine.drain()

@@ -32,7 +32,7 @@ OUT_COLUMNS = 3  # of `State.out`: token, what has become of the row, its logpro
 class State:
     """R requests at most, one row each; row R is the trash row, which padding reads and writes."""
 
-    kv: KVCache
+    kv: KVCache | None  # None of an encoder, which keeps nothing
     page_table: Int32[Array, "R+1 M"]
     seq_len: Int32[Array, " R+1"]  # tokens in the cache
     last_token: Int32[Array, " R+1"]  # sampled, not yet in the cache
@@ -61,7 +61,7 @@ class StateShape:
     pages_per_row: int
     max_steps: int  # K: decode steps in one dispatch
     max_tokens: int  # of an extend step
-    num_layers: int
+    num_layers: int  # that keep keys and values
     num_pages: int
     page_size: int
     num_kv_heads: int
@@ -80,20 +80,13 @@ class StateShape:
 
     def create(self) -> State:
         """A state without requests."""
-        shape = kv_cache_shape(
-            num_layers=self.num_layers,
-            num_pages=self.num_pages,
-            page_size=self.page_size,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-        )
         rows, trash = self.max_rows + 1, self.max_rows
 
         def zeros(*sizes: int) -> jax.Array:
             return jnp.zeros(sizes, jnp.int32)
 
         return State(
-            kv=empty_kv_cache(shape, self.num_pages, self.dtype),
+            kv=self._empty_cache() if self.num_layers else None,
             page_table=zeros(rows, self.pages_per_row),
             seq_len=zeros(rows),
             last_token=zeros(rows),
@@ -112,6 +105,16 @@ class StateShape:
             pooled=jnp.zeros((rows, self.pooled_size), jnp.float32) if self.pooled_size else None,
             expert_ids=self._no_experts() if self.num_sparse_layers else None,
         )
+
+    def _empty_cache(self) -> KVCache:
+        shape = kv_cache_shape(
+            num_layers=self.num_layers,
+            num_pages=self.num_pages,
+            page_size=self.page_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+        )
+        return empty_kv_cache(shape, self.num_pages, self.dtype)
 
     def _no_experts(self) -> jax.Array:
         num_tokens = max(self.max_tokens, self.max_steps * self.max_rows)

@@ -34,6 +34,17 @@ class Tokenizer:
             _soften(error)
             raise
 
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], int]:
+        """As the tokenizer's own template joins two texts, and how many tokens come before those
+        of the second one's type."""
+        try:
+            encoding = self._backend.encode(first, second)
+        except BaseException as error:
+            _soften(error)
+            raise
+        types = encoding.type_ids
+        return encoding.ids, types.index(1) if 1 in types else len(types)
+
     def beginning(self, text: str, num_tokens: int) -> str:
         """As much of a long text as surely has more than `num_tokens` tokens, else all of it.
 

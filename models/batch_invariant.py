@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jaxserve.models.interface import Embedder
@@ -46,10 +45,9 @@ class BatchInvariant:
     def logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         return in_tiles(self._model.logits, hidden)
 
-    @property
-    def score(self) -> nnx.Module:
-        """The head of a model that answers with vectors; to be called by `rowwise`."""
-        return self._model.score
+    def scores(self, hidden: Float[Array, "B D"]) -> Float[Array, "B S"]:
+        """Of the head of a model that answers with vectors; to be called by `rowwise`."""
+        return self._model.scores(hidden)
 
 
 def check(platform: str, option: str) -> None:

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self, get_args
 
+from jaxserve.models.encoder_config import EncoderConfig
 from jaxserve.models.moe_config import MoeConfig
 from jaxserve.models.pooling import PoolingConfig
 
@@ -37,7 +38,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder."""
+    """The shape of a decoder, or of an encoder."""
 
     architecture: str
     vocab_size: int
@@ -57,6 +58,7 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()  # one per layer: positions seen, None for all
     clip_qkv: float | None = None  # the largest absolute value of q, k and v
     moe: MoeConfig | None = None
+    encoder: EncoderConfig | None = None  # of a model that is none, a decoder
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
     pooling: PoolingConfig | None = None  # of a model that answers with vectors, not tokens
@@ -100,7 +102,7 @@ class ModelConfig:
         shape = {key: _required(raw, key) for key in _REQUIRED}
         num_heads = shape["num_attention_heads"]
         longest = _required(raw, "max_position_embeddings")
-        if raw.get("hidden_act", "silu") != "silu":
+        if not registry.is_encoder(architecture) and raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r}: only silu is served")
         config = cls(
             architecture=architecture,

@@ -19,7 +19,7 @@ class ScoreHead(Linear):
         super().__init__(hidden_size, num_labels, dtype=dtype, axes=(None, None))
 
     def scores(self, hidden: Float[Array, "B D"]) -> Float[Array, "B S"]:
-        return _project32(self, hidden)
+        return project32(self, hidden)
 
 
 class RewardHead(nnx.Module):
@@ -31,8 +31,8 @@ class RewardHead(nnx.Module):
         setattr(self, "2", Linear(hidden_size, num_labels, **options))
 
     def scores(self, hidden: Float[Array, "B D"]) -> Float[Array, "B S"]:
-        inner = jax.nn.relu(_project32(getattr(self, "0"), hidden))
-        return _project32(getattr(self, "2"), inner)
+        inner = jax.nn.relu(project32(getattr(self, "0"), hidden))
+        return project32(getattr(self, "2"), inner)
 
 
 HEADS: dict[HeadKind, type[ScoreHead] | type[RewardHead]] = {
@@ -54,13 +54,16 @@ class PooledModel(nnx.Module):
     ) -> tuple[Float[Array, "T D"], A]:
         return self.model(tokens, positions, attend)
 
+    def scores(self, hidden: Float[Array, "B D"]) -> Float[Array, "B S"]:
+        return self.score.scores(hidden)
+
 
 def vectors_of(
     model: Embedder, pooling: PoolingConfig, hidden: Float[Array, "B D"]
 ) -> Float[Array, "B W"]:
     """In float32, of the hidden states that texts are pooled to."""
     if pooling.head is not None:
-        return model.score.scores(hidden)
+        return model.scores(hidden)
     vectors = hidden.astype(jnp.float32)
     if not pooling.is_normalized:
         return vectors
@@ -68,7 +71,7 @@ def vectors_of(
     return vectors / jnp.maximum(norm, LEAST_NORM)
 
 
-def _project32(linear: Linear, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
+def project32(linear: Linear, x: Float[Array, "B I"]) -> Float[Array, "B O"]:
     """Of a few rows: the products and their sum in float32, whatever the weights are stored in."""
     weight = linear.weight[...].astype(jnp.float32)
     y = project(x.astype(jnp.float32), weight, jnp.float32)

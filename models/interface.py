@@ -42,7 +42,7 @@ class Attend(Protocol):
 
 
 class Embedder(Protocol):
-    """A decoder without a head that predicts tokens."""
+    """A decoder without a head that predicts tokens, or an encoder."""
 
     def __call__[A: Attend](
         self, tokens: Int32[Array, " T"], positions: Int32[Array, " T"], attend: A

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 PoolingMode = Literal["last", "cls", "mean", "max"]  # cls: the first token
-HeadKind = Literal["score", "reward"]
+HeadKind = Literal["score", "reward", "classifier"]  # the last one of an encoder
 ReadText = Callable[[pathlib.Path], str]
 
 MODULES_FILE = "modules.json"
@@ -38,11 +38,14 @@ class PoolingConfig:
     is_bare: bool = False  # its tensors have no `model.` before their names
     # Sizes that a vector may be cut to (matryoshka); empty: any; None: only its own.
     dimensions: tuple[int, ...] | None = None
+    labels: tuple[str, ...] = ()  # of the scores, as config.json calls them
+    is_whole: bool = False  # an encoder's texts, each of them computed in one step
 
     @property
     def needs_all_tokens(self) -> bool:
-        """Every token of a text must pass by: none may come from a prefix cache."""
-        return self.mode != "last"
+        """Every token of a text must pass by, step after step: none may come from a prefix
+        cache."""
+        return self.mode != "last" and not (self.mode == "cls" and self.is_whole)
 
     @classmethod
     def of(
@@ -53,25 +56,30 @@ class PoolingConfig:
         hidden_size: int,
         head: HeadKind | None,
         is_bare: bool = False,
+        is_whole: bool = False,
         read_text: ReadText = pathlib.Path.read_text,
     ) -> "PoolingConfig":
-        """Of a model's folder and its config.json. Without files of sentence-transformers, the last
-        token's hidden state, normalized.
+        """Of a model's folder and its config.json. Without files of sentence-transformers, the
+        hidden state of one token, normalized: the last one, or the first of an encoder, where it
+        sees the whole text too. A head's scores are always of that token.
 
         Raises:
           FileNotFoundError: one is named that is missing.
           ValueError: the files are no such files, or ask for what is not served; names the file.
         """
+        default_mode: PoolingMode = "cls" if is_whole else "last"
+        shared = {"is_bare": is_bare, "is_whole": is_whole}
         if head is not None:
             size = _num_labels(raw, head)
-            return cls(size, is_normalized=False, head=head, is_bare=is_bare)
-        mode, is_normalized = _read_pooling(pathlib.Path(folder), read_text)
+            labels = _labels(raw, size)
+            return cls(size, default_mode, False, head=head, labels=labels, **shared)
+        mode, is_normalized = _read_pooling(pathlib.Path(folder), default_mode, read_text)
         return cls(
             hidden_size,
             mode,
             is_normalized,
-            is_bare=is_bare,
             dimensions=_dimensions(raw, hidden_size),
+            **shared,
         )
 
 
@@ -84,6 +92,12 @@ def _num_labels(raw: Mapping[str, Any], head: HeadKind) -> int:
     if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= 1 << 16:
         raise ValueError(f"config.json: num_labels is {count!r}, needs a positive integer")
     return count
+
+
+def _labels(raw: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    named = raw.get("id2label")
+    named = named if isinstance(named, dict) else {}
+    return tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(count))
 
 
 def _dimensions(raw: Mapping[str, Any], hidden_size: int) -> tuple[int, ...] | None:
@@ -115,16 +129,18 @@ def read_modules(
     return modules
 
 
-def _read_pooling(folder: pathlib.Path, read_text: ReadText) -> tuple[PoolingMode, bool]:
+def _read_pooling(
+    folder: pathlib.Path, default_mode: PoolingMode, read_text: ReadText
+) -> tuple[PoolingMode, bool]:
     """The mode, and whether vectors are normalized."""
     path = folder / MODULES_FILE
     if not path.exists():
-        return "last", True
+        return default_mode, True
     modules = read_modules(folder, read_text)
     kinds = [module.kind for module in modules]
     if set(kinds) - {"Transformer", "Pooling", "Normalize"} or kinds.count("Pooling") > 1:
         raise ValueError(f"{path}: modules {kinds} are not served, only one Pooling and Normalize")
-    mode: PoolingMode = "last"
+    mode = default_mode
     if "Pooling" in kinds:
         inner = modules[kinds.index("Pooling")].folder
         mode = _read_mode(folder / inner / "config.json", read_text)

@@ -25,12 +25,14 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
+ENCODERS = {"BertModel": "bert", "RobertaModel": "roberta", "XLMRobertaModel": "roberta"}
 # What a name ends with instead of "ForCausalLM", where a decoder answers with vectors.
 POOLED_ENDINGS: dict[str, HeadKind | None] = {
     "Model": None,
     "ForSequenceClassification": "score",
     "ForRewardModel": "reward",
 }
+CLASSIFIER_ENDING = "ForSequenceClassification"  # of an encoder with another head than none
 
 
 def architecture_of(raw: Mapping[str, Any]) -> str:
@@ -41,12 +43,13 @@ def architecture_of(raw: Mapping[str, Any]) -> str:
     """
     named = raw.get("architectures") or []
     for name in named if isinstance(named, list) else []:
-        if isinstance(name, str) and decoder_of(name) in ARCHITECTURES:
+        if isinstance(name, str) and (is_encoder(name) or decoder_of(name) in ARCHITECTURES):
             return name
     known = ", ".join(sorted(ARCHITECTURES))
     raise ValueError(
-        f"config.json: architectures {named} are not served; known: {known}, and those with "
-        f"{', '.join(POOLED_ENDINGS)} in place of ForCausalLM"
+        f"config.json: architectures {named} are not served; known: {known}, those with "
+        f"{', '.join(POOLED_ENDINGS)} in place of ForCausalLM; and {', '.join(ENCODERS)}, or with "
+        f"{CLASSIFIER_ENDING} in place of Model"
     )
 
 
@@ -55,7 +58,14 @@ def is_pooled(architecture: str) -> bool:
     return architecture not in ARCHITECTURES
 
 
+def is_encoder(architecture: str) -> bool:
+    """Whether its tokens see those behind them too."""
+    return _encoder_of(architecture) in ENCODERS
+
+
 def head_of(architecture: str) -> HeadKind | None:
+    if is_encoder(architecture):
+        return None if architecture in ENCODERS else "classifier"
     return POOLED_ENDINGS[_pooled_ending(architecture)] if is_pooled(architecture) else None
 
 
@@ -71,10 +81,21 @@ def _pooled_ending(architecture: str) -> str | None:
     return max(endings, key=len, default=None)
 
 
+def _encoder_of(architecture: str) -> str:
+    """The architecture without a head, if it is an encoder's."""
+    stem = architecture.removesuffix(CLASSIFIER_ENDING)
+    return architecture if stem == architecture else stem + "Model"
+
+
 def model_class(architecture: str) -> type[nnx.Module]:
-    """Of the decoder, whatever its head."""
-    name = decoder_of(architecture)
-    return getattr(importlib.import_module(f"jaxserve.models.{ARCHITECTURES[name]}"), name)
+    """Of the decoder, or of the encoder, whatever its head."""
+    if is_encoder(architecture):
+        name = _encoder_of(architecture)
+        module = ENCODERS[name]
+    else:
+        name = decoder_of(architecture)
+        module = ARCHITECTURES[name]
+    return getattr(importlib.import_module(f"jaxserve.models.{module}"), name)
 
 
 def create_model(
@@ -97,7 +118,9 @@ def create_model(
 
 def _build(config: "ModelConfig", dtype) -> nnx.Module:
     make, pooling = model_class(config.architecture), config.pooling
-    if pooling is None:
+    if config.encoder is not None and not (pooling is None or pooling.is_bare):
+        return make.with_head(config, dtype)
+    if config.encoder is not None or pooling is None:
         return make(config, dtype)
     backbone = make(dataclasses.replace(config, tie_word_embeddings=True), dtype).model
     if pooling.is_bare:

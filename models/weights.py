@@ -20,6 +20,8 @@ from flax import nnx
 from jaxserve.models.checkpoint import Checkpoint
 
 Index = tuple[slice, ...]
+BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # that old checkpoints hold
+POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 READERS = 4  # threads: pread leaves the GIL, and one thread does not saturate a fast disk
 
 
@@ -103,8 +105,10 @@ def check(checkpoint: Checkpoint, abstract: nnx.State, *, is_partial: bool = Fal
 
 
 def _is_extra(name: str, wanted: dict[str, View]) -> bool:
-    if name in wanted or name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints
+    if name in wanted or name.endswith(BUFFERS):
         return False
+    if name.endswith(POOLER) and any("embeddings.word_embeddings" in one for one in wanted):
+        return False  # an encoder without a head has no use for it
     return not (name == "lm_head.weight" and "model.embed_tokens.weight" in wanted)
 
 

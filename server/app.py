@@ -19,6 +19,7 @@ from jaxserve.server import (
     info,
     openai,
     pooling,
+    rerank,
     scoring,
     weights,
 )
@@ -27,6 +28,7 @@ logger = logging.getLogger("jaxserve.server.access")
 NEW_WORK = {
     "/generate",
     *pooling.PATHS,
+    *rerank.PATHS,
     *scoring.PATHS,
     *weights.PATHS,
 }  # refused while the server ends
@@ -64,7 +66,7 @@ def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
     app.ctx.frontend = frontend
     app.ctx.is_stopping = False
     app.ctx.num_calls = 0
-    for module in (generate, pooling, scoring, info, control, openai, weights, experts):
+    for module in (generate, pooling, scoring, rerank, info, control, openai, weights, experts):
         app.blueprint(module.blueprint.copy(module.blueprint.name))
     app.error_handler.add(Exception, _on_error)
     app.register_middleware(_refuse_when_stopping, "request")

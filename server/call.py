@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 from sanic import Request
 
 from jaxserve.answers import Answers
+from jaxserve.body_fields import text
 from jaxserve.errors import RequestError
 from jaxserve.frontend import Frontend
 
@@ -26,6 +27,8 @@ async def submitted(
     Raises as `prepare` and `Frontend.submit`.
     """
     frontend = request.app.ctx.frontend
+    # A large body leaves the transport paused, and then a client's leaving is never noticed.
+    request.transport.resume_reading()
     if len(request.body) <= SMALL_BODY:
         parsed, requests = prepare(body)
     else:
@@ -51,6 +54,40 @@ def checked(answer: dict[str, Any], frontend: Frontend) -> dict[str, Any]:
     if not status:
         return answer
     raise RequestError(reason["message"], status=status, headers=retry_headers(status, frontend))
+
+
+def complete(answer: dict[str, Any], frontend: Frontend) -> dict[str, Any]:
+    """Raises RequestError for any abort: half of it is of no use."""
+    reason = checked(answer, frontend)["meta_info"]["finish_reason"]
+    if reason["type"] != "abort":
+        return answer
+    raise RequestError(reason["message"], status=503, headers=retry_headers(503, frontend))
+
+
+@contextlib.contextmanager
+def told_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors inside name the fields that the client has sent.
+
+    Args:
+      names: of these, by those of the native body.
+    """
+    try:
+        yield
+    except RequestError as error:
+        name = names.get(error.param)
+        if name is None:
+            raise
+        words = str(error).replace(error.param, name)
+        raise RequestError(words, param=name, status=error.status, headers=error.headers) from error
+
+
+def model_and_usage(body: Mapping[str, Any], request: Request, answers: list[dict]) -> dict:
+    """What OpenAI's answers end with."""
+    num_tokens = sum(answer["meta_info"]["prompt_tokens"] for answer in answers)
+    return {
+        "model": text(body, "model") or request.app.ctx.frontend.state.model_name,
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
 
 
 def retry_headers(status: int, frontend: Frontend) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The command line, made from the fields of `ServerConfig`."""
 
 import argparse
+import os
 import sys
 
 import jaxserve
@@ -76,6 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Flags have SGLang's names and meaning.",
     )
     add_flags(parser, ServerConfig)
+    if folder := os.environ.get("SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"):
+        parser.set_defaults(expert_distribution_recorder_dir=folder)
     for flag in IGNORED:
         parser.add_argument(flag, dest=_dest(flag), nargs="*", default=None, help=argparse.SUPPRESS)
     return parser

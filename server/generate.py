@@ -18,8 +18,6 @@ blueprint = Blueprint("generate")
 @blueprint.route("/generate", methods=["POST", "PUT"])
 async def generate(request: Request) -> HTTPResponse | None:
     frontend = request.app.ctx.frontend
-    # A large body leaves the transport paused, and then a client's leaving is never noticed.
-    request.transport.resume_reading()
     body = bodies.read_json(request)
     async with submitted(request, body, frontend.prepare) as (answers, changed):
         if answers.is_stream:

@@ -13,7 +13,7 @@ from sanic.response import HTTPResponse
 import jaxserve
 from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
-from jaxserve.generate_request import RESERVED
+from jaxserve.generate_request import longest_prompt
 from jaxserve.server import bodies
 
 blueprint = Blueprint("info")
@@ -70,7 +70,7 @@ async def get_server_info(request: Request) -> HTTPResponse:
             "max_running_requests": info.max_running_requests,
             "chunked_prefill_size": info.chunked_prefill_size,
             "max_total_num_tokens": info.max_total_num_tokens,
-            "max_req_input_len": info.max_req_len - RESERVED,
+            "max_req_input_len": longest_prompt(info),
             "startup_time": info.startup_seconds,
             "startup_phases": info.startup_phases,
             "num_weight_updates": frontend.state.num_updates,

@@ -11,11 +11,12 @@ from jaxserve.body_fields import as_object, flag
 from jaxserve.errors import RequestError
 from jaxserve.frontend import Frontend
 from jaxserve.server import bodies
-from jaxserve.server.call import submitted
-from jaxserve.server.pooling import complete
+from jaxserve.server.call import complete, model_and_usage, submitted, told_as
 
 blueprint = Blueprint("scoring")
 PATHS = ("/v1/score",)
+# Of the fields, by those of the native body.
+NAMES = {"text": "items", "input_ids": "items", "token_ids_logprob": "label_token_ids"}
 # The model's own probabilities, whatever `--preferred-sampling-params` says.
 SAMPLING = {
     "max_new_tokens": 1,
@@ -33,20 +34,14 @@ SAMPLING = {
 async def score(request: Request) -> HTTPResponse:
     body, frontend = as_object(bodies.read_json(request)), request.app.ctx.frontend
     is_softmax = flag(body, "apply_softmax")
-    request.transport.resume_reading()  # as in generate.py
     native = _native_body(body, frontend)
-    async with submitted(request, native, frontend.prepare_own) as (answers, changed):
-        finished = [complete(answer, frontend) async for answer in answers.follow(changed)]
+    with told_as(NAMES):
+        async with submitted(request, native, frontend.prepare_own) as (answers, changed):
+            finished = [complete(answer, frontend) async for answer in answers.follow(changed)]
     in_order = answers.in_order(finished)
-    num_tokens = sum(answer["meta_info"]["prompt_tokens"] for answer in in_order)
-    return bodies.json(
-        {
-            "scores": [_scores(answer, is_softmax) for answer in in_order],
-            "model": body.get("model") or frontend.state.model_name,
-            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
-            "object": "scoring",
-        }
-    )
+    scores = [_scores(answer, is_softmax) for answer in in_order]
+    ending = model_and_usage(body, request, in_order)
+    return bodies.json({"scores": scores} | ending | {"object": "scoring"})
 
 
 def _native_body(body: Mapping[str, Any], frontend: Frontend) -> dict[str, Any]:
@@ -56,15 +51,23 @@ def _native_body(body: Mapping[str, Any], frontend: Frontend) -> dict[str, Any]:
     kind = str if isinstance(query, str) else list
     if query is None or not isinstance(query, kind):
         raise RequestError("query must be a text or a list of token ids", param="query")
-    if not isinstance(items, list) or not all(isinstance(one, kind) for one in items):
+    if not isinstance(items, list) or not all(isinstance(one, kind) for one in items or [None]):
         raise RequestError(
             "items must be a text or a list of texts, or of lists of token ids where the query is "
             "one",
             param="items",
         )
+    if frontend.info.is_cross_encoder and kind is str:
+        is_turned = flag(body, "item_first")
+        return {"text": [[one, query] if is_turned else [query, one] for one in items]}
     prompts = [one + query if flag(body, "item_first") else query + one for one in items]
     native = {"text" if kind is str else "input_ids": prompts}
     if frontend.info.embedding is not None:
+        if not frontend.info.embedding.labels:
+            raise RequestError(
+                f"{frontend.info.architecture} gives an embedding here and no scores: /v1/score "
+                "wants a model with a head for them, or one that predicts tokens"
+            )
         return native
     labels = body.get("label_token_ids")
     if not isinstance(labels, list) or not labels:
@@ -80,13 +83,13 @@ def _native_body(body: Mapping[str, Any], frontend: Frontend) -> dict[str, Any]:
 def _scores(answer: Mapping[str, Any], is_softmax: bool) -> list[float]:
     """Of a model that predicts tokens: probabilities, among all tokens or among the labels."""
     if "embedding" in answer:
-        return _softmax(answer["embedding"]) if is_softmax else answer["embedding"]
+        return softmax(answer["embedding"]) if is_softmax else answer["embedding"]
     (first,) = answer["meta_info"]["output_token_ids_logprobs"]
     logprobs = [logprob for logprob, *_ in first]
-    return _softmax(logprobs) if is_softmax else [math.exp(one) for one in logprobs]
+    return softmax(logprobs) if is_softmax else [math.exp(one) for one in logprobs]
 
 
-def _softmax(values: Sequence[float]) -> list[float]:
+def softmax(values: Sequence[float]) -> list[float]:
     most = max(values)
     exponentials = [math.exp(value - most) for value in values]
     total = sum(exponentials)

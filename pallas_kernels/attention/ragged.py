@@ -30,7 +30,8 @@ class RaggedBatch:
 class Tiles:
     """A batch cut into tiles of `tile_size` consecutive queries of one row.
 
-    A tile meets `num_blocks` blocks of `block_size` keys: those up to its last query's position.
+    A tile meets `num_blocks` blocks of `block_size` keys: those up to its last query's position,
+    or all of its row.
     The blocks of all tiles, laid end to end, are the work list; `block_end` is its running count.
     Token `t` is query `place[t]` of all tiles' queries laid end to end.
     """
@@ -45,7 +46,14 @@ class Tiles:
     block_size: int = dataclasses.field(metadata={"static": True})
 
 
-def make_tiles(batch: RaggedBatch, num_tokens: int, tile_size: int, block_size: int) -> Tiles:
+def make_tiles(
+    batch: RaggedBatch,
+    num_tokens: int,
+    tile_size: int,
+    block_size: int,
+    *,
+    is_causal: bool = True,
+) -> Tiles:
     """Cuts `batch`, whose packed tokens number `num_tokens` with padding, into tiles."""
     starts, ends = batch.query_start_loc[:-1], batch.query_start_loc[1:]
     query_lens = ends - starts
@@ -62,7 +70,10 @@ def make_tiles(batch: RaggedBatch, num_tokens: int, tile_size: int, block_size: 
 
     context = batch.seq_lens - query_lens
     position = jnp.where(live, context[row][:, None] + offset, -1)
-    num_blocks = _cdiv(position.max(axis=1) + 1, block_size)
+    num_keys = position.max(axis=1) + 1
+    if not is_causal:
+        num_keys = jnp.where(num_keys > 0, batch.seq_lens[row], 0)
+    num_blocks = _cdiv(num_keys, block_size)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     row_of_token = owner(ends, token)
     place = first_tile[row_of_token] * tile_size + token - starts[row_of_token]

@@ -7,6 +7,7 @@ follows the tokens that are really there: not the batch times its longest row, a
 
 import dataclasses
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ NEVER = -1e30  # a score below every real one; finite, because inf - inf is NaN
 # slower at transposing keys for a product of matrices.
 PAIRS = {"cpu": 4}
 MOST_PASSES = {"cpu": 4}
+# Of tiles and blocks of some pairs: keys and values f32[C, K, S, H], 0 for those of nobody, and
+# which of the keys each query sees, bool[C, Q, S].
+LoadPairs = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
 def plan(batch: RaggedBatch, cache: KVCache, num_tokens: int) -> Tiles:
@@ -58,8 +62,24 @@ def paged_attention(
     scale: float,
     window: int | None,
 ) -> Float[Array, "T N H"]:
-    queries = _cut(q, tiles, cache.num_kv_heads) * scale
     positions = jnp.repeat(tiles.position, q.shape[1] // cache.num_kv_heads, axis=1)
+
+    def load(tile: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        k, v, key = _load_block(cache, layer, tiles, tiles.row[tile], block)
+        key, position = key[:, None], positions[tile][:, :, None]
+        visible = key <= position
+        if window is not None:
+            visible &= key > position - window
+        return k, v, visible
+
+    return attend_to_pairs(q, tiles, load, num_kv_heads=cache.num_kv_heads, scale=scale)
+
+
+def attend_to_pairs(
+    q: Float[Array, "T N H"], tiles: Tiles, load: LoadPairs, *, num_kv_heads: int, scale: float
+) -> Float[Array, "T N H"]:
+    """Attention of all tiles to what `load` gives of their blocks; padding tokens get zeros."""
+    queries = _cut(q, tiles, num_kv_heads) * scale
     num_tiles = len(queries)
     at_once = min(PAIRS.get(jax.default_backend(), num_tiles), num_tiles)
 
@@ -68,11 +88,8 @@ def paged_attention(
         item = step * at_once + jnp.arange(at_once, dtype=jnp.int32)
         tile = owner(tiles.block_end, item)
         block = item - (tiles.block_end - tiles.num_blocks)[tile]
-        k, v, key = _load_block(cache, layer, tiles, tiles.row[tile], block)
-        key, position = key[:, None], positions[tile][:, :, None]
-        visible = (key <= position) & (item < tiles.block_end[-1])[:, None, None]
-        if window is not None:
-            visible &= key > position - window
+        k, v, visible = load(tile, block)
+        visible &= (item < tiles.block_end[-1])[:, None, None]
         new = _attend(queries[tile], k, v, visible[:, None])
         return step + 1, _merge(running, tile, new)
 

@@ -7,9 +7,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jaxserve import expert_files
+from jaxserve.errors import RequestError
 from jaxserve.expert_files import read_counts
-from jaxserve.expert_plot import balance
+from jaxserve.expert_load import balance
 from jaxserve.expert_recorder import ExpertRecorder
 from jaxserve.experts import main
 from jaxserve.live_request import Chunk, Schedule
@@ -31,7 +31,6 @@ COUNTS = [
 def folders(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv(expert_files.FOLDER, str(tmp_path / "recorded"))
 
 
 def schedule(tokens: list[int], start: int, num_steps: int = 1, known=(7, 8, 9)) -> Schedule:
@@ -40,7 +39,7 @@ def schedule(tokens: list[int], start: int, num_steps: int = 1, known=(7, 8, 9))
 
 
 def record(mode: str | None, most_passes: int | None = None) -> ExpertRecorder:
-    recorder = ExpertRecorder(INFO, mode, most_passes)
+    recorder = ExpertRecorder(INFO, mode, most_passes, "../recorded")
     recorder.start()
     recorder.take(schedule([7, 8], 0), FIRST)
     recorder.take(schedule([], 2, num_steps=2), SECOND)
@@ -66,7 +65,7 @@ def test_without_a_mode_all_counts_go_to_a_csv_in_the_working_directory(tmp_path
 def test_stat_keeps_the_counts_of_each_pass(tmp_path):
     recorder = record("stat")
     path = recorder.dump()()
-    assert path.parent == tmp_path / "recorded" and path.suffix == ".safetensors"
+    assert path.parent.samefile(tmp_path / "recorded") and path.suffix == ".safetensors"
     assert load_file(path)["logical_count"].tolist() == COUNTS
     with safe_open(path, "numpy") as file:
         rate = float(file.metadata()["average_utilization_rate_over_window"])
@@ -74,6 +73,17 @@ def test_stat_keeps_the_counts_of_each_pass(tmp_path):
     assert rate == pytest.approx(0.4)
     assert recorder.is_on, "a dump does not end it"
     assert load_file(recorder.dump()())["logical_count"].shape == (0, 3, 5)
+
+
+def test_a_record_is_for_nobody_else_to_read():
+    assert record("per_token").dump()().stat().st_mode & 0o777 == 0o600
+
+
+def test_a_record_that_cannot_be_written_is_told_in_words(tmp_path, caplog):
+    (tmp_path / "recorded").touch()
+    with pytest.raises(RequestError, match="the record of experts is lost: .*cannot be written"):
+        record("per_token").dump()()
+    assert "cannot be written" in caplog.text
 
 
 def test_per_pass_keeps_the_latest_passes():
@@ -96,7 +106,7 @@ def test_per_token_keeps_what_each_token_took():
 
 
 def test_a_token_that_is_nobodys_any_more_has_no_id():
-    recorder = ExpertRecorder(INFO, "per_token", None)
+    recorder = ExpertRecorder(INFO, "per_token", None, "../recorded")
     recorder.start()
     recorder.take(schedule([], 3), SECOND[:1])
     assert load_file(recorder.dump()())["input_ids"].tolist() == [-1]
@@ -120,6 +130,17 @@ def test_every_file_can_be_plotted(mode, tmp_path, capsys):
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("mode", [None, "stat", "per_pass", "per_token"])
+def test_one_expert_that_does_all_is_the_worst_load(mode):
+    """Experts that nobody takes count too."""
+    recorder = ExpertRecorder(INFO, mode, None, "../recorded")
+    recorder.start()
+    alone = np.zeros_like(FIRST[:, :1])
+    recorder.take(schedule([7], 0), alone)
+    counts = read_counts(recorder.dump()())
+    assert balance(counts)[[0, 2]].tolist() == [5.0, 5.0]
+
+
 def test_balance_is_the_maximum_over_the_mean():
     assert balance(np.array([[3, 3], [6, 0], [0, 0]]))[:2].tolist() == [1.0, 2.0]
 
@@ -129,6 +150,7 @@ def test_balance_is_the_maximum_over_the_mean():
     [
         ("a.csv", "layer,expert\n", "does not begin with layer_id,expert_id,count"),
         ("a.csv", "layer_id,expert_id,count\n1,2\n", "not three integers"),
+        ("a.csv", "layer_id,expert_id,count\n1,2,3,4,5,6\n", "not three integers"),
         ("a.csv", "layer_id,expert_id,count\n1,99999999,2\n", "beyond 0 to 4095"),
         ("a.csv", "layer_id,expert_id,count\n", "nothing was recorded"),
         ("a.pt", "PK", "neither a CSV nor safetensors"),

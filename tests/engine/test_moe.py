@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxserve import Engine
+from jaxserve import Engine, answer_queue
 from jaxserve.errors import RequestError
-from jaxserve.expert_files import FOLDER
 from tests.golden.cases import MOE_CASES
 from tests.golden.golden import read_golden
 from tests.golden.random_checkpoint import write_checkpoint
@@ -45,6 +44,7 @@ def engine(folder, pytestconfig):
         schedule_conservativeness=0.01,
         expert_distribution_recorder_mode="per_token",
         expert_distribution_recorder_buffer_size=-1,
+        expert_distribution_recorder_dir=str(folder.parent / "records"),
         weights_root=str(folder.parent),
         compilation_cache_dir=programs_folder(pytestconfig),
     ) as engine:
@@ -119,9 +119,8 @@ def of_prompt(prompt) -> np.ndarray:
 
 
 @pytest.fixture
-def record(engine, tmp_path, monkeypatch):
+def record(engine, folder):
     """Records what a function does; returns its result and the tensors of the file."""
-    monkeypatch.setenv(FOLDER, str(tmp_path))
 
     def run(function, *arguments):
         engine.flush_cache()
@@ -129,7 +128,7 @@ def record(engine, tmp_path, monkeypatch):
         result = function(*arguments)
         engine.stop_expert_distribution_record()
         path = pathlib.Path(engine.dump_expert_distribution_record())
-        assert path.parent == tmp_path
+        assert path.parent == folder.parent / "records"
         return result, safetensors.numpy.load_file(path)
 
     return run
@@ -218,6 +217,26 @@ def test_experts_are_told_in_full_after_a_retraction(engine):
         assert one["output_ids"] == other["output_ids"]
         np.testing.assert_array_equal(routed(one), routed(other))
         assert len(routed(one)) == 20 + 90 - 1
+
+
+def test_a_dump_that_is_refused_loses_nothing(engine, monkeypatch):
+    """Neither what was recorded, nor the news of a step in flight."""
+    monkeypatch.setattr(answer_queue, "MOST_WAITING", 0)
+    options = {"input_ids": [5, 6, 7], "sampling_params": GREEDY | {"max_new_tokens": 250}}
+    alone, refused = engine.generate(**options), 0
+    engine.start_expert_distribution_record()
+    output: list[int] = []
+    for answer in engine.generate(**options, stream=True):
+        output = answer["output_ids"]
+        with pytest.raises(RequestError, match="calls wait for writing a record"):
+            engine.dump_expert_distribution_record()
+        refused += 1
+    assert output == alone["output_ids"]
+    engine.stop_expert_distribution_record()
+    monkeypatch.undo()
+    found = safetensors.numpy.load_file(engine.dump_expert_distribution_record())
+    print(f"{refused} dumps refused, {found['num_tokens'].sum()} tokens recorded")
+    assert refused > 3 and found["num_tokens"].sum() >= 249
 
 
 def test_a_position_beyond_the_prompt_is_refused(engine):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from jaxserve import Engine, read_queue, served_weights
+from jaxserve import Engine, answer_queue, served_weights
 from jaxserve.compile_counter import CompileCounter
 from jaxserve.errors import RequestError
 from jaxserve.plan_log import Drawn, PlanLog, PlannedStep, WeightsChanged
@@ -427,7 +427,7 @@ def test_readers_that_never_stop_do_not_keep_an_update_waiting(engine, expected,
 
 
 def test_no_more_reads_wait_than_there_is_room_for(engine, monkeypatch, slow_reads):
-    monkeypatch.setattr(read_queue, "MOST_WAITING", 3)
+    monkeypatch.setattr(answer_queue, "MOST_WAITING", 3)
     reads = [engine._frontend.call("checksum") for _ in range(12)]
     concurrent.futures.wait(reads, 20)
     errors = [read.exception() for read in reads if read.exception()]

@@ -1,5 +1,7 @@
 """What a request finds in the prefix cache, and what it leaves there."""
 
+import time
+
 import pytest
 
 from tests.engine.scheduling import TOKEN, add, layout, make_scheduler, rids, run, step
@@ -138,6 +140,26 @@ def test_samples_of_a_prompt_wait_for_its_first_computation():
     assert layout(schedule) == [("a", 0, 1), ("d", 0, 1), ("b", 1, 1), ("c", 1, 1)]
     assert {update.rid: update.cached_tokens for update in updates}["c"] == 20
     print(f"{schedule.num_cached_tokens} tokens were not computed again")
+
+
+def test_long_prompts_are_compared_once():
+    """However many samples wait for one, and however many steps it takes."""
+    scheduler = make_scheduler(
+        num_pages=1000, page_size=16, max_rows=64, max_prefill_tokens=500, least_shared=32
+    )
+    prompt = list(range(10_000))
+    for rid in map(str, range(64)):
+        add(scheduler, rid, list(prompt), max_new_tokens=1)
+    step(scheduler)
+    began = time.perf_counter()
+    for _ in range(10):
+        assert step(scheduler)[0].num_prompt_tokens == 500
+    seconds = (time.perf_counter() - began) / 10
+    matches = []
+    scheduler.cache.match_prefix = lambda *_, **__: matches.append(1)
+    step(scheduler)
+    print(f"{seconds * 1e3:.2f} ms a step, with all checks of the test")
+    assert not matches and len(scheduler.waiting) == 63
 
 
 @pytest.mark.parametrize(

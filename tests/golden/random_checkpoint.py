@@ -127,7 +127,7 @@ def linear_shapes(prefix: str, out_size: int, in_size: int, biased: bool) -> Sha
 def random_tensor(name: str, shape: tuple[int, ...], seed: int, embedding_std: float) -> np.ndarray:
     """float32 values of a size that keeps activations near 1 and logits well apart."""
     values = standard_normal(f"{seed}/{name}", math.prod(shape)).reshape(shape)
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "LayerNorm.weight")):
         values = 1.0 + 0.25 * values
     elif name.endswith(".bias"):
         values = 0.3 * values

@@ -135,7 +135,7 @@ def test_names_of_architectures():
     assert not any(is_pooled(name) for name in ARCHITECTURES)
 
 
-@pytest.mark.parametrize("name", ["BertModel", "GPT2ForSequenceClassification", "Model", 3])
+@pytest.mark.parametrize("name", ["T5Model", "GPT2ForSequenceClassification", "Model", 3])
 def test_unknown_architectures_are_refused(name):
     with pytest.raises(ValueError, match="are not served; known: Llama"):
         ModelConfig.from_dict(v4(LLAMA, architectures=[name]))

@@ -211,10 +211,23 @@ def test_client_of_openai(server, client):
 
 
 @pytest.mark.parametrize(
-    "body, param", [({}, "input"), ({"input": "a", "encoding_format": "int8"}, "encoding_format")]
+    "body, param",
+    [
+        ({}, "input"),
+        ({"input": ["a", 1]}, "input"),
+        ({"input": [10**7]}, "input"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
+        ({"input": "a", "encoding_format": []}, "encoding_format"),
+        ({"input": "a", "model": {}}, "model"),
+    ],
 )
 def test_bad_bodies_of_openai_are_refused_in_words(client, body, param):
     assert error(client, "/v1/embeddings", **body)["param"] == param
+
+
+def test_an_embedding_is_no_score(client):
+    response = client.post("/v1/score", json={"query": "a", "items": ["b"]})
+    assert response.status_code == 400 and "no scores" in response.json()["error"]["message"]
 
 
 def test_new_weights_give_other_vectors_and_the_old_ones_the_same(client, demo, other):

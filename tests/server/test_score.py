@@ -78,7 +78,13 @@ def test_items_first_and_ids(client):
         ({"items": None}, "items"),
         ({"label_token_ids": None}, "label_token_ids"),
         ({"apply_softmax": "yes"}, "apply_softmax"),
-        ({"label_token_ids": [10**6]}, "token_ids_logprob"),
+        ({"items": []}, "items"),
+        ({"items": ["a"] * 300}, "items"),
+        ({"items": ["a" * 100_000]}, "items"),
+        ({"label_token_ids": [10**6]}, "label_token_ids"),
+        ({"label_token_ids": ["x"]}, "label_token_ids"),
+        ({"label_token_ids": [5] * 200}, "label_token_ids"),
+        ({"model": 5}, "model"),
     ],
 )
 def test_bad_bodies_are_refused_in_words(client, body, param):
@@ -87,6 +93,8 @@ def test_bad_bodies_are_refused_in_words(client, body, param):
     print(response.text)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+    words = response.json()["error"]["message"]
+    assert param in words or "characters) is longer than" in words or "prompts in a" in words
 
 
 def test_scores_of_a_classifier_are_what_it_says(reward_client):
@@ -98,24 +106,44 @@ def test_scores_of_a_classifier_are_what_it_says(reward_client):
     np.testing.assert_allclose(shares, softmax(found), rtol=1e-5)
 
 
+def test_probabilities_of_three_labels_and_no_reranking(reward_client, client):
+    texts = [QUERY + item for item in ITEMS]
+    answer = reward_client.post("/v1/classify", json={"input": texts}).json()
+    shares = score(reward_client, apply_softmax=True)
+    assert [one["index"] for one in answer["data"]] == [0, 1, 2]
+    for one, row in zip(answer["data"], shares, strict=True):
+        np.testing.assert_allclose(one["probs"], row, rtol=1e-5)
+        assert one["label"] == f"LABEL_{np.argmax(row)}" and one["num_classes"] == 3
+    ranking = {"query": QUERY, "documents": ITEMS}
+    for other, path, body, words in [
+        (reward_client, "/v1/rerank", ranking, "is no cross-encoder"),
+        (client, "/v1/rerank", ranking, "is no cross-encoder"),
+        (client, "/v1/classify", {"input": "a"}, "has no labels"),
+    ]:
+        response = other.post(path, json=body)
+        print(response.text)
+        assert response.status_code == 400 and words in response.json()["error"]["message"]
+
+
 def test_reward_cell_of_the_page(reward_client):
-    """Two conversations in one call, in their order; the second one's prompt is cached once the
-    first has been scored."""
+    """Two conversations in one call, in their order; the second one takes from the cache what it
+    shares with the first."""
     prompts = [f"<|user|>{PROMPT}<|assistant|>{response}" for response in RESPONSES]
     data = {"model": "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2", "text": prompts}
+    server = reward_client.server
+    reward_client.post("/flush_cache").raise_for_status()
+    before, again = len(server.output), []
     responses = reward_client.post("/classify", json=data).json()
+    cached = [int(one) for one in re.findall(r"#cached-token: (\d+)", server.output[before:])]
+    print(f"cached tokens: {cached}")
+    assert max(cached) > 20
     rewards = [response["embedding"][0] for response in responses]
     print(f"rewards: {rewards}")
     assert all(len(response["embedding"]) == 3 for response in responses)
     assert abs(rewards[0] - rewards[1]) > 1e-3
     reward_client.post("/flush_cache").raise_for_status()
-    server = reward_client.server
-    before, again = len(server.output), []
     for prompt in prompts:
         again.append(reward_client.post("/classify", json={"text": prompt}).json())
-    cached = [int(one) for one in re.findall(r"#cached-token: (\d+)", server.output[before:])]
-    print(f"cached tokens: {cached}")
-    assert max(cached) > 20
     np.testing.assert_allclose([one["embedding"][0] for one in again], rewards, rtol=1e-4)
     info = reward_client.get("/model_info").json()
     assert info["is_generation"] is False

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 from tests.golden.pooled.cases import CASES, NUM_SHARED, PROMPT_LENGTHS, Case
+from tests.golden.pooled.encoders import ENCODER_CASES, LENGTHS, EncoderCase
 from tests.golden.pooled.golden import Golden, write_golden
 from tests.golden.random_checkpoint import random_tokens
 
@@ -31,10 +32,22 @@ def main(names: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             digest = case.write(Path(folder))
             vectors = np.stack([vector_of(case, folder, prompt) for prompt in prompts])
-        write_golden(case.name, Golden(digest, tuple(prompts), vectors))
-        spread = vectors.std(axis=0).max() / abs(vectors).max()
-        print(f"{case.name:24} {vectors.shape} differ by {spread:.2f} of the largest number")
-        assert spread > 0.05, "the prompts are told apart"
+        write(case, digest, prompts, vectors)
+    for case in ENCODER_CASES:
+        if names and case.name not in names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            digest = case.write(Path(folder))
+            prompts = typed_pairs(case, folder) if case.pairs else encoder_prompts(case)
+            vectors = np.stack([encoded(case, folder, prompt) for prompt in prompts])
+        write(case, digest, prompts, vectors)
+
+
+def write(case: Case, digest: str, prompts: list[np.ndarray], vectors: np.ndarray) -> None:
+    write_golden(case.name, Golden(digest, tuple(prompts), vectors))
+    spread = vectors.std(axis=0).max() / abs(vectors).max()
+    print(f"{case.name:24} {vectors.shape} differ by {spread:.2f} of the largest number")
+    assert spread > 0.05, "the prompts are told apart"
 
 
 def make_prompts(case: Case) -> list[np.ndarray]:
@@ -64,6 +77,50 @@ def vector_of(case: Case, folder: str, prompt: np.ndarray) -> np.ndarray:
     if case.is_normalized:
         vector = torch.nn.functional.normalize(vector, dim=-1)
     return vector.numpy()
+
+
+def encoder_prompts(case: EncoderCase) -> list[np.ndarray]:
+    """Without special tokens: padding would have no position in RoBERTa."""
+    vocab = case.config["vocab_size"] - 5
+    return [
+        5 + random_tokens(f"{case.seed}/prompt {i}", length, vocab)
+        for i, length in enumerate(LENGTHS)
+    ]
+
+
+def typed_pairs(case: EncoderCase, folder: str) -> list[np.ndarray]:
+    """As jaxserve has them: a token of the second type is its id plus the vocabulary's size."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    made = []
+    for first, second in case.pairs:
+        encoded = tokenizer(first, second)
+        ids = np.array(encoded["input_ids"], np.int32)
+        types = np.array(encoded.get("token_type_ids", 0 * ids), np.int32)
+        if case.is_bert:
+            assert 0 < types.sum() < len(types), "a pair has both types"
+        made.append(ids + types * case.config["vocab_size"])
+    return made
+
+
+@torch.inference_mode()
+def encoded(case: EncoderCase, folder: str, prompt: np.ndarray) -> np.ndarray:
+    types, ids = np.divmod(prompt.astype(np.int64), case.config["vocab_size"])
+    auto = transformers.AutoModel
+    if case.is_scored:
+        auto = transformers.AutoModelForSequenceClassification
+    model, loading = auto.from_pretrained(folder, **OPTIONS)
+    missing = {name for name in loading.pop("missing_keys") if "pooler.dense" not in name}
+    if missing or any(loading.values()):
+        raise ValueError(f"{case.name}: the checkpoint does not fit: {missing} {loading}")
+    inputs = {"input_ids": torch.from_numpy(ids)[None]}
+    inputs |= {"token_type_ids": torch.from_numpy(types)[None]}
+    inputs |= {"attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+    output = model.eval()(**inputs)
+    if case.is_scored:
+        return output.logits[0].numpy()
+    return torch.nn.functional.normalize(
+        pool(output.last_hidden_state[0], case.mode or "cls"), dim=-1
+    ).numpy()
 
 
 def check(case: Case, loading: dict) -> None:
