@@ -26,16 +26,24 @@ def parse(content: str) -> dict[str, str]:
 
 
 def verify(
-    files: Mapping[str, int], expected: Mapping[str, str], on_bytes: Callable[[int], None]
-) -> None:
-    """Of open files by their names below the folder of FILE. Raises ValueError for one that is not
-    listed, or is not what it was when listed."""
-    for name in files:
+    folder: pathlib.Path,
+    files: Mapping[pathlib.Path, int],
+    on_bytes: Callable[[int], None],
+    read_text: Callable[[pathlib.Path], str] = pathlib.Path.read_text,
+) -> bool:
+    """Compares open files below a folder, by their paths, with the FILE in it; False where there is
+    none. Raises OSError, and ValueError for one that is not listed, or not what it was then."""
+    if not (folder / FILE).exists():
+        return False
+    expected = parse(read_text(folder / FILE))
+    names = {str(path.relative_to(folder)): descriptor for path, descriptor in files.items()}
+    for name in names:
         if name not in expected:
             raise ValueError(f"{FILE} does not list {name}")
-    for name, digest in digests(files, on_bytes).items():
+    for name, digest in digests(names, on_bytes).items():
         if digest != expected[name]:
             raise ValueError(f"{name} is not what {FILE} says: its SHA-256 differs")
+    return True
 
 
 def digests(

@@ -16,6 +16,7 @@ from jaxserve.models.checkpoint import INDEX_FILE, Checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.load_format import format_of, open_checkpoint
 from jaxserve.models.orbax_writer import write_orbax
+from jaxserve.models.pooling import MODULES_FILE, read_modules
 from jaxserve.models.registry import create_model
 from jaxserve.models.safetensors_file import Tensor
 from jaxserve.models.safetensors_writer import write_safetensors
@@ -41,11 +42,13 @@ def convert(
     Args:
       to: "orbax" or "safetensors"; the one that `source` is not unless given.
       dtype: of the tensors that are floating point; their own unless given.
-      on_bytes: told of bytes as they have been read, and of all there will be.
+      on_bytes: told of bytes as they have been read, and of all there will be; those of files with
+        checksums beside them are read twice.
 
     Raises:
       FileExistsError: there is a `target`.
-      FileNotFoundError, ValueError, OSError: the source is not sound, or cannot be written so.
+      FileNotFoundError, ValueError, OSError: the source is not sound, nor what its checksums say,
+        or cannot be written so.
     """
     if os.path.lexists(target):
         raise FileExistsError(f"{target} is there already")
@@ -54,15 +57,17 @@ def convert(
     checkpoint = open_checkpoint(source, from_format, _abstract(source))
     work = pathlib.Path(os.path.abspath(target)).with_name(f".{target.name}.{os.getpid()}")
     try:
+        _make_folder(work, target)
         tensors = _headers(checkpoint, dtype)
-        total = sum(tensor.nbytes for tensor in tensors.values())
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        total = size + _checksummed_bytes(source, checkpoint)
+        checksums.verify(source, checkpoint.descriptors(), lambda count: on_bytes(count, total))
 
         def read(name: str) -> np.ndarray:
-            array = checkpoint.read(name).astype(tensors[name].dtype, copy=False)
+            array = _cast(name, checkpoint.read(name), tensors[name].dtype)
             on_bytes(array.nbytes, total)
             return array
 
-        work.mkdir()
         if to == "orbax":
             write_orbax(work / ORBAX_FOLDER, tensors, read, max_file_bytes)
         else:
@@ -75,7 +80,21 @@ def convert(
     finally:
         checkpoint.close()
         shutil.rmtree(work, ignore_errors=True)
-    return to, total
+    return to, size
+
+
+def _make_folder(work: pathlib.Path, target: pathlib.Path) -> None:
+    """Raises OSError with the name of `target`, the one that was given."""
+    try:
+        work.mkdir()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
+
+
+def _checksummed_bytes(source: pathlib.Path, checkpoint: Checkpoint) -> int:
+    """That are read to compare them with checksums."""
+    files = checkpoint.descriptors().values() if (source / checksums.FILE).exists() else ()
+    return sum(os.fstat(descriptor).st_size for descriptor in files)
 
 
 def _abstract(source: pathlib.Path) -> nnx.State | None:
@@ -98,6 +117,19 @@ def _headers(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Tensor]:
     return headers | {n: Tensor(np.dtype(dtype), t.shape, 0) for n, t in cast.items()}
 
 
+def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Raises ValueError where a number becomes infinite; names the tensor."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):  # what is told of it names no tensor
+        cast = array.astype(dtype)
+    lost = np.isfinite(array) & ~np.isfinite(cast)
+    if lost.any():
+        worst = float(np.abs(array[lost]).max())
+        raise ValueError(f"--dtype: {name} holds {worst:g}, which is too large for {dtype}")
+    return cast
+
+
 def _check(work: pathlib.Path, to: str, tensors: dict[str, Tensor]) -> None:
     """That whoever reads it finds everything."""
     written = open_checkpoint(work, to)
@@ -111,11 +143,19 @@ def _check(work: pathlib.Path, to: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _copy_small_files(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -> None:
-    """Configuration and tokenizer."""
+    """Configuration and tokenizer, and the folders of what sentence-transformers does after it."""
     found = {path for pattern in SMALL_FILES for path in source.glob(pattern) if path.is_file()}
     for path in sorted(found):
         if path.name not in NOT_COPIED:
             shutil.copyfile(path, target / path.name)
+    for module in read_modules(source) if (source / MODULES_FILE).exists() else ():
+        if (source / module.folder).is_dir():
+            if module.folder:
+                shutil.copytree(source / module.folder, target / module.folder, dirs_exist_ok=True)
+        elif module.kind != "Normalize":  # it has no files, and git keeps no empty folder
+            raise FileNotFoundError(
+                f"{source / module.folder} is missing, which {MODULES_FILE} names"
+            )
     config = target / "config.json"
     if dtype is not None and config.exists():
         raw: dict[str, Any] = json.loads(config.read_text())

@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxserve import hub
 from jaxserve.config import EngineConfig
+from jaxserve.memory_plan import format_bytes
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.fuse import Fuser
 from jaxserve.models.load_format import open_checkpoint
@@ -89,10 +90,10 @@ class ModelFiles:
             params = self._read(load_format, abstract)
         jax.block_until_ready(params)
         logger.info(
-            "Load weight end. type=%s, dtype=%s, mem usage=%.2f GB, %.1f s.",
+            "Load weight end. type=%s, dtype=%s, mem usage=%s, %.1f s.",
             self.config.architecture,
             self.config.dtype,
-            num_bytes(params) / 1e9,
+            format_bytes(num_bytes(params)),
             time.perf_counter() - start,
         )
         return params

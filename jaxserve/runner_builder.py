@@ -12,7 +12,7 @@ from jaxserve import weight_placement
 from jaxserve.buckets import Buckets
 from jaxserve.compiler import compile_programs, working_bytes
 from jaxserve.config import EngineConfig
-from jaxserve.memory_plan import MemoryPlan, free_host_memory
+from jaxserve.memory_plan import MemoryPlan, format_bytes, free_host_memory
 from jaxserve.model_loader import ModelFiles
 from jaxserve.models.pooling import PoolingConfig
 from jaxserve.runner import Runner
@@ -68,9 +68,9 @@ def build_runner(
                 )
             num_bytes = working_bytes(compiled)
             logger.info(
-                "Compiled in %.1f s. The programs need up to %.2f GB.",
+                "Compiled in %.1f s. The programs need up to %s.",
                 stopwatch.seconds["compile"],
-                num_bytes / 1e9,
+                format_bytes(num_bytes),
             )
             check_programs(num_bytes)
             return Runner(compiled, loading.result(), shape, buckets.scores)

@@ -101,8 +101,8 @@ def adjust(
 
 
 def scale(logits: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
-    """By each row's temperature, so that the best is 0; differences of greedy rows stay."""
-    return scores.scale(logits, jnp.where(rows.temperature > 0, rows.temperature, 1))
+    """By each row's temperature, as in training."""
+    return scores.scale(logits, rows.temperature)
 
 
 def draw(

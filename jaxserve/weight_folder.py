@@ -86,14 +86,8 @@ class WeightFolder:
 
         Raises ValueError, OSError.
         """
-        path = self.path / checksums.FILE
-        if not path.exists():
-            return False
-        expected = checksums.parse(self._root.read_text(path))
         files = self.checkpoint.descriptors()
-        names = {str(path.relative_to(self.path)): descriptor for path, descriptor in files.items()}
-        checksums.verify(names, expected, on_bytes)
-        return True
+        return checksums.verify(self.path, files, on_bytes, self._root.read_text)
 
     def _config_differences(self, served: Served, keep_tokenizer: bool) -> list[str]:
         if not (self.path / "config.json").exists():

@@ -43,9 +43,13 @@ def token_logprobs(
     """The logprob of each token but the first, as the server tells it: of scores over temperature.
 
     What a policy gradient needs: sum it over the tokens that were sampled.
+
+    Args:
+      temperature: of each row, or of all; 0 means 1, as in what the server tells of greedy answers.
     """
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), len(tokens))
     logits = forward(model, tokens[:, :-1])
-    scaled = logits / jnp.asarray(temperature, jnp.float32).reshape(-1, 1, 1)
+    scaled = jax.vmap(scale, in_axes=(1, None), out_axes=1)(logits, temperature)
     chosen = jnp.take_along_axis(scaled, tokens[:, 1:, None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(scaled, axis=-1)
 

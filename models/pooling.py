@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 PoolingMode = Literal["last", "cls", "mean", "max"]  # cls: the first token
 HeadKind = Literal["score", "reward", "classifier"]  # the last one of an encoder
@@ -18,6 +18,13 @@ MODE_OF_KEY: dict[str, PoolingMode] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_max_tokens": "max",
 }
+
+
+class Module(NamedTuple):
+    """One of those that sentence-transformers runs one after the other."""
+
+    kind: str  # "Transformer", "Pooling", "Normalize", and others
+    folder: str  # of its files, below the model's; "" for that itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +64,7 @@ class PoolingConfig:
         sees the whole text too. A head's scores are always of that token.
 
         Raises:
+          FileNotFoundError: one is named that is missing.
           ValueError: the files are no such files, or ask for what is not served; names the file.
         """
         default_mode: PoolingMode = "cls" if is_whole else "last"
@@ -65,7 +73,7 @@ class PoolingConfig:
             size = _num_labels(raw, head)
             labels = _labels(raw, size)
             return cls(size, default_mode, False, head=head, labels=labels, **shared)
-        mode, is_normalized = _read_modules(pathlib.Path(folder), default_mode, read_text)
+        mode, is_normalized = _read_pooling(pathlib.Path(folder), default_mode, read_text)
         return cls(
             hidden_size,
             mode,
@@ -104,24 +112,38 @@ def _dimensions(raw: Mapping[str, Any], hidden_size: int) -> tuple[int, ...] | N
     return tuple(listed)
 
 
-def _read_modules(
+def read_modules(
+    folder: pathlib.Path, read_text: ReadText = pathlib.Path.read_text
+) -> list[Module]:
+    """What a folder's modules.json lists. Raises FileNotFoundError, and ValueError where it is none
+    or names a folder outside its own."""
+    path, modules = folder / MODULES_FILE, []
+    for one in _read_json(path, list, read_text):
+        if not isinstance(one, dict):
+            raise ValueError(f"{path}: {one!r} is no module")
+        inner = pathlib.PurePath(str(one.get("path") or ""))
+        if inner.is_absolute() or ".." in inner.parts:
+            raise ValueError(f"{path} names a folder outside its own: {str(inner)!r}")
+        kind = str(one.get("type")).rpartition(".")[2]
+        modules.append(Module(kind, "" if inner == pathlib.PurePath() else str(inner)))
+    return modules
+
+
+def _read_pooling(
     folder: pathlib.Path, default_mode: PoolingMode, read_text: ReadText
 ) -> tuple[PoolingMode, bool]:
     """The mode, and whether vectors are normalized."""
     path = folder / MODULES_FILE
     if not path.exists():
         return default_mode, True
-    modules = _read_json(path, list, read_text)
-    kinds = [str(one.get("type")).rpartition(".")[2] for one in modules if isinstance(one, dict)]
-    unknown = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})
-    if unknown or len(kinds) != len(modules) or kinds.count("Pooling") > 1:
+    modules = read_modules(folder, read_text)
+    kinds = [module.kind for module in modules]
+    if set(kinds) - {"Transformer", "Pooling", "Normalize"} or kinds.count("Pooling") > 1:
         raise ValueError(f"{path}: modules {kinds} are not served, only one Pooling and Normalize")
     mode = default_mode
     if "Pooling" in kinds:
-        name = str(modules[kinds.index("Pooling")].get("path"))
-        if pathlib.PurePath(name).name != name:
-            raise ValueError(f"{path} names a folder outside its own: {name!r}")
-        mode = _read_mode(folder / name / "config.json", read_text)
+        inner = modules[kinds.index("Pooling")].folder
+        mode = _read_mode(folder / inner / "config.json", read_text)
     return mode, "Normalize" in kinds
 
 
@@ -143,7 +165,9 @@ def _read_mode(path: pathlib.Path, read_text: ReadText) -> PoolingMode:
 def _read_json(path: pathlib.Path, kind: type, read_text: ReadText) -> Any:
     try:
         content = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing, which {MODULES_FILE} names") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds no JSON {'array' if kind is list else 'object'}")

@@ -15,8 +15,10 @@ import safetensors.numpy
 from flax import nnx
 from orbax.checkpoint import v1
 
-from jaxserve import converter
+from jaxserve import checksums, converter
+from jaxserve.config import EngineConfig
 from jaxserve.convert import main, parse_size
+from jaxserve.model_loader import ModelFiles
 from jaxserve.models.checkpoint import INDEX_FILE, Checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.load_format import open_checkpoint
@@ -24,6 +26,7 @@ from jaxserve.models.registry import create_model
 from jaxserve.models.safetensors_file import DTYPES, Tensor
 from jaxserve.models.safetensors_writer import write_safetensors
 from jaxserve.models.weights import load_params
+from tests.golden.pooled.cases import write_modules
 from tests.server.serving import DEMO_MODEL
 
 OTHER_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -136,6 +139,48 @@ def test_cast_is_told_to_the_config(tmp_path):
         assert content(target)[name] == (np.float32, shape, expected.tobytes())
 
 
+def test_infinities_that_were_there_are_cast_too(tmp_path):
+    wide = np.float32([np.inf, -np.inf, np.nan, 1.5, 65504])
+    source = write(tmp_path / "source", {"a": wide})
+    cast = content(convert(source, tmp_path / "target", dtype="float16", to="safetensors"))
+    assert cast["a"] == (np.float16, (5,), wide.astype(np.float16).tobytes())
+
+
+def embedding_model(folder: pathlib.Path) -> pathlib.Path:
+    """As sentence-transformers saves one, and a module that has weights of its own."""
+    shutil.copytree(DEMO_MODEL, folder)
+    write_modules(folder, "mean", is_normalized=False)
+    return folder
+
+
+def test_embedding_model_keeps_its_pooling(tmp_path):
+    source = embedding_model(tmp_path / "source")
+    there = convert(source, tmp_path / "there")
+    back = convert(there, tmp_path / "back")
+    for folder in (source, there, back):
+        pooling = ModelFiles.find(
+            EngineConfig(model_path=str(folder), is_embedding=True)
+        ).config.pooling
+        print(folder.name, pooling)
+        assert (pooling.mode, pooling.is_normalized) == ("mean", False)
+
+
+def test_all_files_of_a_module_are_kept(tmp_path):
+    """Of one that is not served too, but for a folder that is empty and so was not kept."""
+    source = embedding_model(tmp_path / "source")
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_N": "Normalize"}
+    modules = [{"path": path, "type": f"a.b.{kind}"} for path, kind in kinds.items()]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "2_Dense" / "inner").mkdir(parents=True)
+    write(source / "2_Dense" / "weights", {"linear.weight": np.ones((4, 4), np.float32)})
+    (source / "2_Dense" / "inner" / "vocabulary.bin").write_bytes(b"\0\1")
+    target = convert(source, tmp_path / "target")
+    names = ["1_Pooling/config.json", "2_Dense/weights/model.safetensors"]
+    for name in (*names, "2_Dense/inner/vocabulary.bin", "modules.json"):
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+    assert not (target / "3_N").exists()
+
+
 # What is not written, and leaves nothing.
 
 
@@ -154,6 +199,45 @@ def test_target_that_is_there_is_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
 
+def test_folder_that_is_not_there_is_named_as_it_was_given(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for target, words in {"no/such": "No such file or directory", "file/x": "Not a dir"}.items():
+        assert f": {target}: {words}" in refused(capsys, DEMO_MODEL, target)
+
+
+@pytest.mark.parametrize("to", ["orbax", "safetensors"])
+def test_source_that_is_not_what_its_checksums_say(tmp_path, capsys, to):
+    """One bit of the largest file, whichever format that is in; before anything else is done."""
+    source = convert(DEMO_MODEL, tmp_path / "source", to=to)
+    largest = max(source.rglob("*"), key=lambda path: path.stat().st_size)
+    damaged = bytearray(largest.read_bytes())
+    damaged[-1000] ^= 1
+    largest.write_bytes(damaged)
+    words = refused(capsys, source, tmp_path / "target")
+    assert f"{largest.relative_to(source)} is not what {checksums.FILE} says" in words
+    (source / checksums.FILE).write_text(f"{'0' * 64}  another\n")
+    assert f"{checksums.FILE} does not list" in refused(capsys, source, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_bytes_that_are_read_add_up_to_all(tmp_path):
+    """Twice those of a source with checksums."""
+    source = convert(DEMO_MODEL, tmp_path / "source", to="safetensors")
+    for folder in (pathlib.Path(DEMO_MODEL), source):
+        counts, totals = [], set()
+
+        def on_bytes(count: int, total: int, counts=counts, totals=totals) -> None:
+            counts.append(count)
+            totals.add(total)
+
+        convert(folder, tmp_path / f"of_{folder.name}", on_bytes=on_bytes)
+        (total,) = totals
+        assert sum(counts) == total
+        size = (folder / "model.safetensors").stat().st_size
+        assert total > 2 * 0.95 * size if folder == source else total < size
+
+
 FAULTS = {
     "no such source": (lambda s: shutil.rmtree(s), [], "Cannot find any model weights"),
     "no weights": (lambda s: (s / "model.safetensors").unlink(), [], "Cannot find any model"),
@@ -166,6 +250,24 @@ FAULTS = {
         lambda s: safetensors.numpy.save_file({"a": np.ones((0, 4))}, s / "model.safetensors"),
         [],
         "a: orbax does not hold a tensor without elements",
+    ),
+    "too large for the cast": (
+        lambda s: (
+            shutil.rmtree(s),
+            write(s, {"a": np.float32([1]), "b": np.array([2, -1e6], ml_dtypes.bfloat16)}),
+        ),
+        ["--dtype", "float16"],
+        "--dtype: b holds 999424, which is too large for float16",
+    ),
+    "module without its folder": (
+        lambda s: (write_modules(s, "mean"), shutil.rmtree(s / "1_Pooling")),
+        [],
+        "source/1_Pooling is missing, which modules.json names",
+    ),
+    "module elsewhere": (
+        lambda s: (s / "modules.json").write_text('[{"type": "Pooling", "path": "../other"}]'),
+        [],
+        "modules.json names a folder outside its own: '../other'",
     ),
     "cast of FP8": (
         lambda s: (

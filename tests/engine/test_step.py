@@ -115,7 +115,7 @@ def test_logprobs_are_those_of_the_training_forward(step, jitted, params, prompt
     for row, prompt in enumerate(prompts):
         answer = [token for token in tokens[:, row].tolist() if token != NONE_DRAWN]
         text = jnp.array([prompt + answer], jnp.int32)
-        expected = np.asarray(token_logprobs(model, text, temperature or 1.0))[0, -len(answer) :]
+        expected = np.asarray(token_logprobs(model, text, temperature))[0, -len(answer) :]
         worst = max(worst, np.abs(expected - logprobs[: len(answer), row]).max())
     print(f"largest difference of a logprob: {worst:.1e}")
     assert worst < 1e-4

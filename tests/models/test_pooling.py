@@ -50,8 +50,9 @@ def module(kind: str, path: str = "1_Pooling") -> dict:
         ([module("Transformer"), module("Pooling"), module("Dense")], "Dense"),
         ([module("Pooling"), module("Pooling")], "only one Pooling"),
         ([module("Pooling", "../other")], "outside"),
-        ([module("Pooling", "elsewhere")], "elsewhere"),
-        (["Pooling"], "not served"),
+        ([module("Pooling", "..")], "outside"),
+        ([module("Normalize", "/etc")], "outside"),
+        (["Pooling"], "'Pooling' is no module"),
         ({}, "no JSON array"),
     ],
 )
@@ -59,6 +60,14 @@ def test_modules_that_are_not_served_are_refused_in_words(tmp_path, modules, wor
     write_modules(tmp_path, "mean")
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match=words):
+        pooling(tmp_path)
+
+
+def test_missing_file_is_told_as_missing(tmp_path):
+    write_modules(tmp_path, "mean")
+    (tmp_path / "modules.json").write_text(json.dumps([module("Pooling", "elsewhere")]))
+    words = "elsewhere/config.json is missing, which modules.json names"
+    with pytest.raises(FileNotFoundError, match=words):
         pooling(tmp_path)
 
 

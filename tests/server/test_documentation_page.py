@@ -23,7 +23,7 @@ START = [
     STAMP + r"Load weight begin\.",
     r"^Loading safetensors checkpoint shards: +0% Completed \| 0/1 \[",
     r"^Loading safetensors checkpoint shards: 100% Completed \| 1/1 \[00:\d\d<00:00, ",
-    STAMP + r"Load weight end\. type=Qwen2ForCausalLM, dtype=float32, .*mem usage=\d+\.\d\d GB",
+    STAMP + r"Load weight end\. type=Qwen2ForCausalLM, dtype=float32, .*mem usage=[1-9]\d*\.\d* MB",
     STAMP + r"KV Cache is allocated\. #tokens: \d+, K size: \d\.\d\d GB, V size: \d\.\d\d GB",
     STAMP + r"max_total_num_tokens=\d+, chunked_prefill_size=60, .*max_running_requests=4, "
     r".*context_len=4096",
@@ -44,6 +44,7 @@ def test_start_prints_the_lines_of_the_page_in_its_order(server):
         assert found, f"{pattern} not in:\n{server.output[at:]}"
         print(found[0][:100])
         at = found.end()
+    assert matches(r" The programs need up to (?!0\.00 )\d+\.\d\d [MG]B\.$", server.output)
 
 
 def test_wait_for_server_finds_the_model(client):
