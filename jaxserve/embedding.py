@@ -23,12 +23,20 @@ NOT_OF_VECTORS = (
 class Embedding(Generation):
     """The mailbox of a request that is answered with a vector, all of it at once."""
 
-    def __init__(self, request: Request, dimensions: int | None, on_update: Callable[[], None]):
+    def __init__(
+        self,
+        request: Request,
+        dimensions: int | None,
+        on_update: Callable[[], None],
+        *,
+        is_normalized: bool = True,
+    ):
         """Args:
-        dimensions: that the vector is cut to; it has length 1 again then.
+        dimensions: that the vector is cut to.
+        is_normalized: it has length 1, and then has it again.
         """
         super().__init__(request, None, on_update)
-        self._dimensions = dimensions
+        self._dimensions, self._is_normalized = dimensions, is_normalized
         self._packed = b""
 
     def deliver(self, update: RequestUpdate, state: ServingState) -> None:
@@ -46,5 +54,6 @@ class Embedding(Generation):
         vector = np.frombuffer(self._packed, np.float32)
         if self._dimensions is not None:
             vector = vector[: self._dimensions]
+        if self._dimensions is not None and self._is_normalized:
             vector = vector / max(np.linalg.norm(vector), np.float32(1e-12))
         return vector.tolist()

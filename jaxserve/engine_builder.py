@@ -303,7 +303,7 @@ def _embedding_info(pooling: PoolingConfig | None) -> EmbeddingInfo | None:
         return None
     allowed = pooling.dimensions
     dimensions = None if allowed is None else list(allowed)
-    return EmbeddingInfo(pooling.size, dimensions, list(pooling.labels))
+    return EmbeddingInfo(pooling.size, dimensions, list(pooling.labels), pooling.is_normalized)
 
 
 def _encoder_info(model: ModelConfig) -> EncoderInfo | None:
@@ -363,7 +363,14 @@ def _log_header(
 def find_device(config: EngineConfig) -> jax.Device:
     """Raises ValueError where JAX already runs elsewhere (it chooses once in a process's life), or
     the device cannot do what an option asks for."""
-    device = jax.devices()[0]
+    try:
+        device = jax.devices()[0]
+    except (AssertionError, RuntimeError) as error:  # as JAX says it where a plugin is missing
+        raise ValueError(
+            f"--device {config.device}: JAX finds none here ({str(error) or type(error).__name__}); is "
+            "jaxserve installed with its extra, 'jaxserve[cuda12]', 'jaxserve[cuda13]' or "
+            "'jaxserve[tpu]'?"
+        ) from error
     wanted = {"auto": device.platform, "cuda": "gpu"}.get(config.device, config.device)
     if device.platform != wanted:
         raise ValueError(f"--device {config.device}: JAX runs on {device.platform} here")

@@ -139,7 +139,8 @@ class Frontend:
         on_update: Callable[[], None],
     ) -> Generation:
         if isinstance(parsed, EncodeRequest):
-            return Embedding(request, parsed.dimensions, on_update)
+            is_normalized = self.info.embedding.is_normalized
+            return Embedding(request, parsed.dimensions, on_update, is_normalized=is_normalized)
         return Generation(request, self.tokenizer, on_update, self.info.experts)
 
     def abandon(self, answers: Answers) -> None:

@@ -33,6 +33,7 @@ class EmbeddingInfo(msgspec.Struct, frozen=True):
     size: int
     dimensions: list[int] | None  # that a vector may be cut to; empty: any; None: only its own
     labels: list[str] = []  # of the scores that a head gives in a vector's place
+    is_normalized: bool = True
 
 
 class EncoderInfo(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.models.weights import View, views
+from jaxserve.models.weights import View, is_extra, views
 
 Tensors = dict[str, jax.Array]  # by the checkpoint's name
 
@@ -159,7 +159,7 @@ def _check(tensors: Mapping[str, jax.Array], abstract: nnx.State) -> None:
     wanted = {view.name: view for view in views(abstract)}
     problems = {
         "missing": [name for name in wanted if name not in tensors],
-        "not in the model": [name for name in tensors if name not in wanted],
+        "not in the model": [name for name in tensors if is_extra(name, wanted)],
         "wrong shape": [
             f"{name} (given {list(tensors[name].shape)}, model {list(view.shape)})"
             for name, view in wanted.items()

@@ -10,7 +10,7 @@ import functools
 import math
 import pathlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def check(checkpoint: Checkpoint, abstract: nnx.State, *, is_partial: bool = Fal
 
     missing = [name for name in wanted if name not in checkpoint]
     report("missing", [] if is_partial else missing)
-    report("not in the model", [n for n in checkpoint.names() if _is_extra(n, wanted)])
+    report("not in the model", [n for n in checkpoint.names() if is_extra(n, wanted)])
     present = [view for view in wanted.values() if view.name in checkpoint]
     report(
         "wrong shape",
@@ -104,7 +104,8 @@ def check(checkpoint: Checkpoint, abstract: nnx.State, *, is_partial: bool = Fal
         raise ValueError(f"{checkpoint.folder} does not fit the model: {'; '.join(problems)}")
 
 
-def _is_extra(name: str, wanted: dict[str, View]) -> bool:
+def is_extra(name: str, wanted: Mapping[str, View]) -> bool:
+    """Whether a tensor is neither wanted nor of those that the model can do without."""
     if name in wanted or name.endswith(BUFFERS):
         return False
     if name.endswith(POOLER) and any("embeddings.word_embeddings" in one for one in wanted):

@@ -70,8 +70,10 @@ def native_body(body: Mapping[str, Any]) -> dict[str, Any]:
         raise RequestError("input must be a string, token ids, or a list of either", param="input")
     is_pair = isinstance(first, list) and bool(first) and isinstance(first[0], str)
     name = "text" if is_pair or isinstance(first, str) else "input_ids"
-    kept = ("dimensions", "rid", "priority", "extra_key", "cache_salt")
-    return {name: given} | {key: body[key] for key in kept if key in body}
+    others = {
+        key: value for key, value in body.items() if key not in ("input", "text", "input_ids")
+    }
+    return {name: given} | others
 
 
 def _openai(answer: dict[str, Any], index: int, encoding: str) -> dict[str, Any]:

@@ -124,3 +124,16 @@ def test_states_and_modules_are_trees_too():
 def test_a_name_that_is_there_twice_is_refused():
     with pytest.raises(ValueError, match=r"a\.b is there twice"):
         named_tensors({"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)})
+
+
+def test_a_head_that_is_tied_and_buffers_are_passed_over():
+    """As in a checkpoint."""
+    config = ModelConfig.from_dict(CONFIG | {"tie_word_embeddings": True})
+    abstract = create_model(config, dtype=jnp.float32)[1]
+    tensors = unfuse(create_model(config, dtype=jnp.float32, key=jax.random.key(0))[1])
+    head = {"lm_head.weight": jnp.zeros((64, 16))}
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": jnp.zeros(2)}
+    fused = fuse(tensors | head | buffer, abstract)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, fused, fuse(tensors, abstract)))
+    with pytest.raises(ValueError, match=r"not in the model: lm_head\.bias"):
+        fuse(tensors | {"lm_head.bias": jnp.zeros(64)}, abstract)
