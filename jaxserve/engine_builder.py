@@ -367,9 +367,9 @@ def find_device(config: EngineConfig) -> jax.Device:
         device = jax.devices()[0]
     except (AssertionError, RuntimeError) as error:  # as JAX says it where a plugin is missing
         raise ValueError(
-            f"--device {config.device}: JAX finds none here ({str(error) or type(error).__name__}); is "
-            "jaxserve installed with its extra, 'jaxserve[cuda12]', 'jaxserve[cuda13]' or "
-            "'jaxserve[tpu]'?"
+            f"--device {config.device}: JAX finds none here "
+            f"({str(error) or type(error).__name__}); is jaxserve installed with its extra, "
+            "'jaxserve[cuda12]', 'jaxserve[cuda13]' or 'jaxserve[tpu]'?"
         ) from error
     wanted = {"auto": device.platform, "cuda": "gpu"}.get(config.device, config.device)
     if device.platform != wanted:
