@@ -65,8 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--flags",
-        default="--device cpu --max-running-requests 2 --chunked-prefill-size 64",
-        help="of every server, beside the page's",
+        default="--device cpu --max-running-requests 1 --chunked-prefill-size 15",
+        help="of every server, beside the page's (default: few sizes, little to compile)",
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

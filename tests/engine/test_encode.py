@@ -141,6 +141,7 @@ def test_replay_has_the_same_vectors_and_notices_others(config, tmp_path):
     assert not other.is_equal
 
 
+@pytest.mark.matrix
 def test_deterministic_vectors_are_equal_to_the_bit(config):
     config = dataclasses.replace(config, record_plans=None, deterministic=True)
     with Engine(config) as engine:

@@ -26,7 +26,6 @@ from tests.server.serving import DEMO_MODEL, programs_folder
 MANY_CHUNKS = (*range(1, 41), 47, 64, 100, 151)
 SETTINGS = [
     Setting("qwen3", page_size=4, max_rows=32, num_steps=4),
-    Setting("mistral_window", page_size=16, max_rows=4, num_steps=8),
     Setting("mistral_window", page_size=64, max_rows=4, num_steps=1),
     Setting("qwen3", page_size=1, max_rows=4, num_steps=1),
 ]
@@ -35,7 +34,7 @@ MORE_SETTINGS = [
     Setting(model, page_size, max_rows=4, num_steps=next(STEPS))
     for model in ("demo", "mistral_window", "qwen3")
     for page_size in (1, 4, 16, 64)
-]
+] + [Setting("mistral_window", page_size=16, max_rows=4, num_steps=8)]
 
 
 @pytest.fixture(scope="module")
