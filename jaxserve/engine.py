@@ -124,6 +124,10 @@ class Engine:
           dimensions: that vectors are cut to, where the model allows it.
           fields: any other of /encode (`rid`, `priority`, ...).
 
+        Returns:
+          An answer, or a list. One whose `finish_reason` is "abort" (the model's numbers are not
+          finite, say) has an empty embedding.
+
         Raises:
           RequestError: the request cannot be served; the message names the field.
           EngineDied: the engine's thread has failed.

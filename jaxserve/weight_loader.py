@@ -18,6 +18,7 @@ from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.safetensors_file import SafetensorsBytes, SafetensorsFile
 from jaxserve.models.weights import Index, ParamReader, check, views
 from jaxserve.runner import Runner
+from jaxserve.served_weights import copy_to_host
 from jaxserve.weight_folder import Served, WeightFolder
 from jaxserve.weight_request import LOAD_FORMATS, WeightUpdate
 from jaxserve.weight_values import ValueCheck
@@ -218,7 +219,7 @@ class _CheckpointSource:
 
     def _current(self, number: int) -> np.ndarray:
         leaf, spec = self._runner.weights[number], self._runner.weight_specs[number]
-        return np.zeros(spec.shape, spec.dtype) if leaf is None else np.asarray(leaf)
+        return np.zeros(spec.shape, spec.dtype) if leaf is None else copy_to_host(leaf)
 
 
 def _say(error: Exception, path: str | pathlib.Path, update: WeightUpdate) -> str:
