@@ -154,6 +154,17 @@ class Frontend:
         if rid in self._live:
             self._send(AbortRequest(rid))
 
+    def abort_call(self, rid: str) -> None:
+        """Ends a live request, and the members of a batch of this id: `RID_0`, `RID_1`, ..."""
+        for live in list(self._live):
+            base, _, number = live.rpartition("_")
+            if live == rid or (base == rid and number.isdecimal()):
+                self.abort(live)
+
+    def abort_all(self) -> None:
+        for rid in list(self._live):
+            self.abort(rid)
+
     def call(self, operation: str, **arguments: Any) -> concurrent.futures.Future:
         """A control operation of the engine; the future holds its value, a RequestError where it
         cannot be done, or a RuntimeError."""

@@ -26,10 +26,10 @@ class Tokenizer:
         self.eos_token_id = self._id_of(config, "eos_token")
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
-        """With the special tokens that the tokenizer itself adds, such as a BOS."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """With the special tokens that the tokenizer itself adds, such as a BOS, or without."""
         try:
-            return self._backend.encode(text).ids
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except BaseException as error:
             _soften(error)
             raise
@@ -69,11 +69,7 @@ class Tokenizer:
             raise
 
     def _count(self, piece: str) -> int:
-        try:
-            return len(self._backend.encode(piece, add_special_tokens=False))
-        except BaseException as error:
-            _soften(error)
-            raise
+        return len(self.encode(piece, add_special_tokens=False))
 
     def _id_of(self, config: dict[str, Any], name: str) -> int | None:
         token = config.get(name)

@@ -21,10 +21,23 @@ from jaxserve.server import (
     pooling,
     rerank,
     scoring,
+    tokenizing,
     weights,
 )
 
 logger = logging.getLogger("jaxserve.server.access")
+MODULES = (
+    generate,
+    pooling,
+    scoring,
+    rerank,
+    tokenizing,
+    info,
+    control,
+    openai,
+    weights,
+    experts,
+)
 NEW_WORK = {
     "/generate",
     *pooling.PATHS,
@@ -66,7 +79,7 @@ def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
     app.ctx.frontend = frontend
     app.ctx.is_stopping = False
     app.ctx.num_calls = 0
-    for module in (generate, pooling, scoring, rerank, info, control, openai, weights, experts):
+    for module in MODULES:
         app.blueprint(module.blueprint.copy(module.blueprint.name))
     app.error_handler.add(Exception, _on_error)
     app.register_middleware(_refuse_when_stopping, "request")

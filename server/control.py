@@ -6,6 +6,7 @@ import asyncio
 from sanic import Blueprint, Request
 from sanic.response import HTTPResponse
 
+from jaxserve.body_fields import flag, text
 from jaxserve.errors import RequestError
 from jaxserve.server import bodies
 
@@ -48,6 +49,19 @@ async def flush_cache(request: Request) -> HTTPResponse:
             return bodies.text(waited, status=400)
         await asyncio.sleep(POLL_SECONDS)
     return bodies.text(FLUSHED)
+
+
+@blueprint.post("/abort_request")
+async def abort_request(request: Request) -> HTTPResponse:
+    """Ends the request `rid` or the batch of that id, or with `abort_all` every request; each is
+    answered with what it has. An unknown id may have just finished, and is no error."""
+    body, frontend = bodies.read_optional(request), request.app.ctx.frontend
+    rid = text(body, "rid")
+    if flag(body, "abort_all"):
+        frontend.abort_all()
+    elif rid:
+        frontend.abort_call(rid)
+    return bodies.empty()
 
 
 def _timeout(request: Request) -> float:
