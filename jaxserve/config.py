@@ -11,9 +11,17 @@ def option(
     help: str,
     choices: tuple[str, ...] = (),
     aliases: tuple[str, ...] = (),
+    is_secret: bool = False,
 ) -> Any:
+    """A secret one is shown nowhere: not in the repr, and not by `shown`."""
     metadata = {"group": group, "help": help, "choices": choices, "aliases": aliases}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not is_secret)
+
+
+def shown(config: "EngineConfig") -> dict[str, Any]:
+    """All options that are no secrets."""
+    fields = (field for field in dataclasses.fields(config) if field.repr)
+    return {field.name: getattr(config, field.name) for field in fields}
 
 
 MODEL, MEMORY, API, SERVER, LOGS = (
@@ -226,6 +234,20 @@ class ServerConfig(EngineConfig):
 
     host: str = option("127.0.0.1", group=SERVER, help="address to listen on")
     port: int = option(30000, group=SERVER, help="port to listen on, 0 for a free one")
+    api_key: str | None = option(
+        None,
+        group=SERVER,
+        is_secret=True,
+        help="what callers must send as `Authorization: Bearer KEY`, but for health, /ready and "
+        "/ping",
+    )
+    admin_api_key: str | None = option(
+        None,
+        group=SERVER,
+        is_secret=True,
+        help="the key of what changes the server (weights, cache, pauses, aborts, recordings) in "
+        "place of --api-key",
+    )
     skip_server_warmup: bool = option(
         False, group=SERVER, help="do not answer a first request of its own before saying ready"
     )

@@ -5,13 +5,14 @@ import uuid
 from typing import Any
 
 from sanic import Request, Sanic
-from sanic.exceptions import SanicException
+from sanic.exceptions import MethodNotAllowed, NotFound, SanicException
 from sanic.response import HTTPResponse
 
 from jaxserve.config import ServerConfig
 from jaxserve.errors import EngineDied, RequestError
 from jaxserve.frontend import Frontend
 from jaxserve.server import (
+    auth,
     bodies,
     control,
     experts,
@@ -82,12 +83,21 @@ def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
     for module in MODULES:
         app.blueprint(module.blueprint.copy(module.blueprint.name))
     app.error_handler.add(Exception, _on_error)
+    app.register_middleware(_refuse_without_key, "request")
     app.register_middleware(_refuse_when_stopping, "request")
     app.register_middleware(_log_access, "response")
     return app
 
 
+async def _refuse_without_key(request: Request) -> HTTPResponse | None:
+    return auth.refusal(request, request.app.ctx.frontend.config)
+
+
 def _on_error(request: Request, error: Exception) -> HTTPResponse:
+    if isinstance(error, NotFound | MethodNotAllowed):  # no middleware has seen it
+        refusal = auth.refusal(request, request.app.ctx.frontend.config)
+        if refusal is not None:
+            return refusal
     if isinstance(error, RequestError):
         return bodies.error(str(error), error.status, error.param, error.headers)
     if isinstance(error, EngineDied):

@@ -1,7 +1,6 @@
 """What the server is and how it is: model, limits, health. Nothing here changes anything."""
 
 import asyncio
-import dataclasses
 import importlib.metadata
 import sys
 import time
@@ -11,6 +10,7 @@ from sanic import Blueprint, Request
 from sanic.response import HTTPResponse
 
 import jaxserve
+from jaxserve.config import ServerConfig, shown
 from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
 from jaxserve.generate_request import longest_prompt
@@ -54,11 +54,11 @@ async def get_server_info(request: Request) -> HTTPResponse:
     state = await asyncio.wrap_future(frontend.call("internal_state"))
     return bodies.json(
         {
-            **dataclasses.asdict(frontend.config),
+            **shown(frontend.config),
             **_model_names(frontend),
             "served_model_name": frontend.state.model_name,
             "weight_version": frontend.state.weight_version,
-            "launch_command": " ".join(sys.argv),
+            "launch_command": _without_secrets(" ".join(sys.argv), frontend.config),
             "status": "ready",
             "dtype": info.dtype,
             "device": info.device,
@@ -137,6 +137,13 @@ async def ready(request: Request) -> HTTPResponse:
 async def ping(request: Request) -> HTTPResponse:
     """Whether this process lives."""
     return bodies.empty()
+
+
+def _without_secrets(text: str, config: ServerConfig) -> str:
+    secrets = (value for name, value in vars(config).items() if name not in shown(config))
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return text
 
 
 def _model_names(frontend: Frontend) -> dict[str, object]:

@@ -204,12 +204,14 @@ def banner(frontend: Frontend, host: str, port: int) -> str:
         path, body = "generate", f'{prompt}, "sampling_params": {{"temperature": 0}}'
     else:
         path, body = "encode", prompt
+    # The key stays where the shell keeps it.
+    key = " -H 'Authorization: Bearer '$API_KEY" if frontend.config.api_key else ""
     return (
         f"\n  {frontend.config.model_name} ({info.architecture}, {info.dtype}) on {info.device}"
         f" at {url}\n"
         f"  {info.max_total_num_tokens} tokens of KV cache, {info.max_running_requests} requests"
         f" at once, context {info.context_length};"
         f" engine ready after {info.startup_seconds:.1f} s\n\n"
-        f"  curl {url}/{path} -H 'Content-Type: application/json' \\\n"
+        f"  curl {url}/{path} -H 'Content-Type: application/json'{key} \\\n"
         f"    -d '{{{body}}}'\n"
     )
