@@ -238,8 +238,8 @@ class ServerConfig(EngineConfig):
         None,
         group=SERVER,
         is_secret=True,
-        help="what callers must send as `Authorization: Bearer KEY`, but for health, /ready and "
-        "/ping",
+        help="what callers must send as `Authorization: Bearer KEY`, but for health, /ready, "
+        "/ping and /metrics",
     )
     admin_api_key: str | None = option(
         None,
@@ -257,6 +257,7 @@ class ServerConfig(EngineConfig):
     shutdown_timeout: float = option(
         30.0, group=SERVER, help="seconds that calls get to finish after SIGTERM"
     )
+    enable_metrics: bool = option(False, group=LOGS, help="not needed: /metrics is always there")
     log_requests: bool = option(False, group=LOGS, help="log every request's parameters and length")
 
 

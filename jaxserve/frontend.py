@@ -15,7 +15,7 @@ from jaxserve.embedding import Embedding
 from jaxserve.encode_request import NO_EMBEDDINGS, ONLY_EMBEDDINGS, EncodeRequest
 from jaxserve.errors import EngineDied, RequestError
 from jaxserve.generate_request import GenerateRequest, make_request, samples_of
-from jaxserve.generation import Generation
+from jaxserve.generation import Generation, Progress
 from jaxserve.messages import (
     AbortRequest,
     AddRequest,
@@ -46,6 +46,8 @@ class Frontend:
         self.state = ServingState.of(config)  # replaced as a whole
         self._send = send
         self._lock = threading.Lock()  # of what follows; never held while a caller is told
+        # Called with a generation that has got on, and where it was before.
+        self.on_progress: Callable[[Generation, Progress], None] = lambda generation, before: None
         self._live: dict[str, Generation] = {}
         self._calls: dict[int, concurrent.futures.Future] = {}
         self._call_ids = itertools.count()
@@ -185,7 +187,9 @@ class Frontend:
                 take = self._live.get if update.finish_reason is None else self._live.pop
                 generation = take(update.rid, None)
                 if generation is not None:
+                    before = generation.progress
                     generation.deliver(update, self.state)
+                    self.on_progress(generation, before)
                     if generation.is_complete:
                         before = self._latency or generation.latency
                         self._latency = before + NEWEST_SHARE * (generation.latency - before)

@@ -44,7 +44,7 @@ class Generation:
         self._logprobs = request.logprobs and LogprobRecord(request)
         self._experts = None if request.experts_from is None else RoutedExperts(experts)
         self._on_update = on_update
-        self._created = time.monotonic()
+        self.created = time.monotonic()
         self._first_sent: float | None = None
         self._num_shown = 0  # output ids that the detokenizer has seen
         self._tokenizer = tokenizer
@@ -67,7 +67,7 @@ class Generation:
     @property
     def latency(self) -> float:
         """Seconds that a finished request has taken."""
-        return self.progress.finished - self._created
+        return self.progress.finished - self.created
 
     @property
     def summary(self) -> str:
@@ -139,7 +139,7 @@ class Generation:
         }
         if reason is not None:
             answer["meta_info"]["weight_versions"] = self._weight_versions()
-            answer["meta_info"]["e2e_latency"] = progress.finished - self._created
+            answer["meta_info"]["e2e_latency"] = progress.finished - self.created
             if self._experts is not None:
                 answer["meta_info"]["routed_experts"] = self._experts.encode(self._num_routed)
         answer["meta_info"]["response_sent_to_client_ts"] = self._first_sent

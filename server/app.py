@@ -18,6 +18,7 @@ from jaxserve.server import (
     experts,
     generate,
     info,
+    metrics,
     openai,
     pooling,
     rerank,
@@ -38,6 +39,7 @@ MODULES = (
     openai,
     weights,
     experts,
+    metrics,
 )
 NEW_WORK = {
     "/generate",
@@ -78,6 +80,8 @@ def create_app(frontend: Frontend, config: ServerConfig) -> Sanic:
     app.config.GRACEFUL_SHUTDOWN_TIMEOUT = 1.0  # after our own drain
     app.config.AUTO_EXTEND = False
     app.ctx.frontend = frontend
+    app.ctx.metrics = metrics.Metrics(frontend)
+    frontend.on_progress = app.ctx.metrics.observe
     app.ctx.is_stopping = False
     app.ctx.num_calls = 0
     for module in MODULES:

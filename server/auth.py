@@ -14,13 +14,19 @@ from jaxserve.server import bodies
 
 Level = Literal["open", "normal", "admin"]
 ADMIN = ("control", "weights", "experts")  # blueprints: what changes the server, for everybody
-OPEN = ("health", "health_generate", "ready", "ping")  # handlers: a prober carries no key
+OPEN = (
+    "metrics",
+    "health",
+    "health_generate",
+    "ready",
+    "ping",
+)  # handlers: what probes and scrapes carries no key
 
 
 def level_of(route_name: str) -> Level:
     """Of a route's full name, which ends with its blueprint and its handler."""
     *_, blueprint, handler = route_name.split(".")
-    if blueprint == "info" and handler in OPEN:
+    if blueprint in ("info", "metrics") and handler in OPEN:
         return "open"
     return "admin" if blueprint in ADMIN else "normal"
 

@@ -9,7 +9,7 @@ from tests.engine.test_generate_request import info
 
 def end(frontend: Frontend, generation, *, kind: str = "length", seconds: float) -> None:
     """The engine's news that a request has ended, so long after it was made."""
-    generation._created -= seconds
+    generation.created -= seconds
     update = RequestUpdate(generation.request.rid, [1], FinishReason(kind))
     frontend.deliver(StepNews([update]))
 

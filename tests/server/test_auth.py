@@ -10,7 +10,7 @@ from jaxserve.server.auth import level_of
 from tests.server.serving import GREEDY
 
 KEY, ADMIN_KEY = "sesame-1", "sesame-2"
-OPEN = {"/health", "/health_generate", "/ready", "/ping"}
+OPEN = {"/health", "/health_generate", "/ready", "/ping", "/metrics"}
 ADMIN = {
     "/abort_request",
     "/begin_weight_update",
