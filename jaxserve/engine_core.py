@@ -300,6 +300,7 @@ class EngineCore:
             "num_running_reqs": len(scheduler.running),
             "num_queue_reqs": len(scheduler.waiting) + len(scheduler.held),
             "num_used_tokens": scheduler.num_tokens_in_rows,
+            "num_waiting_tokens": scheduler.num_waiting_tokens,
             "num_retractions": scheduler.num_retractions,
             "token_usage": self._log.token_usage,
             **self._control.report(),

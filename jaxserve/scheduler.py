@@ -190,6 +190,11 @@ class Scheduler:
         return sum(live.num_committed for live in self.running)
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens that waiting requests have to compute, but for what is cached."""
+        return sum(len(live.tokens) for live in (*self.waiting, *self.held))
+
+    @property
     def oldest(self) -> LiveRequest | None:
         """The one that nobody keeps from getting on."""
         return min(self.running or self.waiting, key=lambda live: live.order, default=None)

@@ -18,6 +18,7 @@ from jaxserve.server import (
     experts,
     generate,
     info,
+    loads,
     metrics,
     openai,
     pooling,
@@ -40,6 +41,7 @@ MODULES = (
     weights,
     experts,
     metrics,
+    loads,
 )
 NEW_WORK = {
     "/generate",

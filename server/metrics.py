@@ -72,6 +72,11 @@ class Metrics:
         self._num_cached += now.cached_tokens
         self._e2e.labels(label).observe(now.finished - generation.created)
 
+    @property
+    def cache_hit_rate(self) -> float:
+        """Of the prompt tokens of all requests that have ended, those found in the cache."""
+        return self._num_cached / max(self._num_prompt, 1)
+
     def render(self, state: dict[str, Any]) -> bytes:
         """In Prometheus' text format.
 
@@ -81,7 +86,7 @@ class Metrics:
         label, info = self._frontend.state.model_name, self._frontend.info
         for key, gauge in self._gauges.items():
             gauge.labels(label).set(state[key])
-        self._hit_rate.labels(label).set(self._num_cached / max(self._num_prompt, 1))
+        self._hit_rate.labels(label).set(self.cache_hit_rate)
         self._capacity.labels(label).set(info.max_total_num_tokens)
         self._startup.labels(label).set(info.startup_seconds)
         return prometheus_client.generate_latest(self.registry)
