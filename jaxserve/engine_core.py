@@ -4,6 +4,7 @@
 """
 
 import collections
+import gc
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -266,6 +267,7 @@ class EngineCore:
         operations: dict[str, Callable[..., Any]] = {
             "flush_cache": self._flush_cache,
             "internal_state": self._internal_state,
+            "freeze_gc": _freeze_gc,
         }
         operation = operations.get(call.operation)
         try:
@@ -312,3 +314,8 @@ class EngineCore:
                 "token_capacity": self.info.max_total_num_tokens,
             },
         }
+
+
+def _freeze_gc() -> None:
+    gc.collect()
+    gc.freeze()

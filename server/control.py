@@ -2,6 +2,7 @@
 all that the user may do, and only keeps the answer from it."""
 
 import asyncio
+import gc
 
 from sanic import Blueprint, Request
 from sanic.response import HTTPResponse
@@ -49,6 +50,16 @@ async def flush_cache(request: Request) -> HTTPResponse:
             return bodies.text(waited, status=400)
         await asyncio.sleep(POLL_SECONDS)
     return bodies.text(FLUSHED)
+
+
+@blueprint.route("/freeze_gc", methods=["GET", "POST"])
+async def freeze_gc(request: Request) -> HTTPResponse:
+    """What is alive now is looked at by no garbage collection any more, in both processes: shorter
+    pauses, once a server is warm."""
+    await asyncio.wrap_future(request.app.ctx.frontend.call("freeze_gc"))
+    gc.collect()
+    gc.freeze()
+    return bodies.text("Garbage collection frozen.\n")
 
 
 @blueprint.post("/abort_request")

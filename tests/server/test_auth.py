@@ -19,6 +19,7 @@ ADMIN = {
     "/dump_expert_distribution_record",
     "/end_weight_update",
     "/flush_cache",
+    "/freeze_gc",
     "/get_weights_by_name",
     "/init_weights_update_group",
     "/pause_generation",
