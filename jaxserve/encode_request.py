@@ -8,9 +8,10 @@ import msgspec
 
 from jaxserve.body_fields import as_object, flag, refuse_unserved
 from jaxserve.errors import RequestError
-from jaxserve.generate_request import Item, body_items, make_request
 from jaxserve.messages import EmbeddingInfo, EngineInfo
+from jaxserve.prompt_items import Item, body_items
 from jaxserve.request import Request
+from jaxserve.request_builder import make_request
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.embedding import Embedding
 from jaxserve.encode_request import NO_EMBEDDINGS, ONLY_EMBEDDINGS, EncodeRequest
 from jaxserve.errors import EngineDied, RequestError
-from jaxserve.generate_request import GenerateRequest, make_request, samples_of
+from jaxserve.generate_request import GenerateRequest
 from jaxserve.generation import Generation, Progress
 from jaxserve.messages import (
     AbortRequest,
@@ -27,6 +27,7 @@ from jaxserve.messages import (
     ToEngine,
 )
 from jaxserve.request import Request
+from jaxserve.request_builder import make_request, samples_of
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.serving_state import ServingState
 from jaxserve.tokenizer import Tokenizer

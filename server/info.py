@@ -13,7 +13,7 @@ import jaxserve
 from jaxserve.config import ServerConfig, shown
 from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
-from jaxserve.generate_request import longest_prompt
+from jaxserve.request_builder import longest_prompt
 from jaxserve.server import bodies
 
 blueprint = Blueprint("info")

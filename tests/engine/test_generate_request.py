@@ -7,8 +7,9 @@ import pytest
 
 import jaxserve
 from jaxserve.errors import RequestError
-from jaxserve.generate_request import GenerateRequest, make_request
+from jaxserve.generate_request import GenerateRequest
 from jaxserve.messages import EngineInfo
+from jaxserve.request_builder import make_request
 from jaxserve.tokenizer import Tokenizer
 
 

@@ -122,8 +122,9 @@ def test_too_long_is_refused_in_words(engine):
 
 def test_cut_text_keeps_its_end(folder, case):
     """With --allow-auto-truncate: the token that ends a text ends what is left of it."""
-    from jaxserve.generate_request import Item, make_request
     from jaxserve.messages import EmbeddingInfo, EncoderInfo, EngineInfo
+    from jaxserve.prompt_items import Item
+    from jaxserve.request_builder import make_request
     from jaxserve.sampling_params import SamplingParams
 
     values = dict.fromkeys(EngineInfo.__struct_fields__, 0)

@@ -370,7 +370,7 @@ def test_body_over_the_limit_is_413(client):
 
 
 def test_flush_cache_is_refused_while_a_request_runs(server, client):
-    long = {"max_new_tokens": 300, "ignore_eos": True}
+    long = {"max_new_tokens": 1500, "ignore_eos": True}
     before = len(server.output)
     with open_stream(client, text=QUESTION, sampling_params=long):
         busy = client.post("/flush_cache")

@@ -60,13 +60,6 @@ def test_a_request_is_counted_once_in_each(client, change):
     assert 0 < read(client)["sglang:cache_hit_rate"] < 1
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
-def test_garbage_collection_is_frozen_and_all_goes_on(client, method):
-    response = client.request(method, "/freeze_gc")
-    assert (response.status_code, response.text) == (200, "Garbage collection frozen.\n")
-    assert "Paris" in generate(client, text=TEXT, sampling_params=GREEDY)["text"]
-
-
 def test_a_client_that_leaves_is_counted_as_aborted(client, change):
     params = GREEDY | {"max_new_tokens": 3000, "ignore_eos": True}
     body = {"text": TEXT, "sampling_params": params, "stream": True}
