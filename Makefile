@@ -35,7 +35,7 @@ check: $(VENV)/.installed-test
 test-equality: $(VENV)/.installed-test  ## the whole equality matrix, some ten minutes on two cores
 	$(PYTHON) -m pytest -m 'matrix or not matrix' -rP $(ARGS) \
 		tests/engine/test_equality.py tests/engine/test_deterministic.py tests/engine/test_encode.py \
-		tests/server/test_equality.py
+		tests/engine/test_storm.py tests/server/test_equality.py
 
 test-jax-oldest:  ## the suite on the oldest JAX that is supported
 	$(MAKE) check VENV=.venv-jax-oldest JAX='jax==0.11.2 jaxlib==0.11.2 flax==0.12.10'

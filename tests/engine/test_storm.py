@@ -137,7 +137,13 @@ class Storm:
         return {k: v for k, v in self.core._internal_state().items() if k.endswith("_after_ready")}
 
 
-@pytest.fixture(scope="module", params=[1, 4], ids=lambda steps: f"K={steps}")
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="K=1"),
+        pytest.param(4, id="K=4", marks=pytest.mark.matrix),  # make test-equality
+    ],
+)
 def storm(request, pytestconfig, tmp_path_factory) -> Iterator[Storm]:
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(MODEL))
