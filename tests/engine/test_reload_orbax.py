@@ -158,6 +158,7 @@ def rewrite(change):
         tensors = dict(safetensors.numpy.load_file(work / FILE))
         change(tensors)
         safetensors.numpy.save_file(tensors, work / FILE)
+        (work / "SHA256SUMS").unlink()  # of what was there before
         shutil.rmtree(folder)
         to_orbax(work, folder)
         shutil.rmtree(work)
