@@ -104,7 +104,9 @@ def test_get_server_info_has_the_options_the_limits_and_the_state(client):
     response = client.get("/get_server_info")
     assert response.headers["content-type"] == "application/json"
     info = response.json()
-    assert {field.name for field in dataclasses.fields(ServerConfig)} <= info.keys()
+    fields = dataclasses.fields(ServerConfig)
+    assert {field.name for field in fields if field.repr} <= info.keys(), "all but secrets"
+    assert not {field.name for field in fields if not field.repr} & info.keys()
     assert info["status"] == "ready"
     assert info["max_total_num_tokens"] == 4 * 4096, "every row's longest context"
     assert info["max_req_input_len"] == 4096 - 6
