@@ -9,18 +9,6 @@ MODELS = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
-    "tiny-moe": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "shared_expert_intermediate_size": 64,
-    },
     "qwen1.5-moe-a2.7b": {
         "vocab_size": 151936,
         "hidden_size": 2048,
@@ -51,4 +39,10 @@ MODELS = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+}
+MODELS["tiny-moe"] = MODELS["tiny"] | {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 64,
 }

@@ -47,6 +47,12 @@ async def submitted(
                 logger.info("Finish: rid=%s, %s", generation.request.rid, generation.summary)
 
 
+async def ask_engine(request: Request, operation: str, **arguments: Any) -> Any:
+    """The value of a control operation. Raises as `Frontend.call` has it."""
+    future = request.app.ctx.frontend.call(operation, **arguments)
+    return await asyncio.wrap_future(future)
+
+
 def checked(answer: dict[str, Any], frontend: Frontend) -> dict[str, Any]:
     """Raises RequestError for an abort that carries a status: it is one of the whole call."""
     reason = answer["meta_info"]["finish_reason"]

@@ -10,6 +10,7 @@ from sanic.response import HTTPResponse
 from jaxserve.body_fields import flag, text
 from jaxserve.errors import RequestError
 from jaxserve.server import bodies
+from jaxserve.server.call import ask_engine
 
 blueprint = Blueprint("control")
 FLUSHED = (
@@ -42,8 +43,7 @@ async def flush_cache(request: Request) -> HTTPResponse:
     deadline = loop.time() + seconds
     while True:
         is_last_try = loop.time() >= deadline
-        call = request.app.ctx.frontend.call("flush_cache", is_last_try=is_last_try)
-        if await asyncio.wrap_future(call):
+        if await ask_engine(request, "flush_cache", is_last_try=is_last_try):
             break
         if is_last_try:
             waited = "Timed out waiting for idle state.\n" if seconds else "Flush cache failed.\n"
@@ -56,7 +56,7 @@ async def flush_cache(request: Request) -> HTTPResponse:
 async def freeze_gc(request: Request) -> HTTPResponse:
     """What is alive now is looked at by no garbage collection any more, in both processes: shorter
     pauses, once a server is warm."""
-    await asyncio.wrap_future(request.app.ctx.frontend.call("freeze_gc"))
+    await ask_engine(request, "freeze_gc")
     gc.collect()
     gc.freeze()
     return bodies.text("Garbage collection frozen.\n")

@@ -15,6 +15,7 @@ from jaxserve.errors import EngineDied
 from jaxserve.frontend import Frontend
 from jaxserve.request_builder import longest_prompt
 from jaxserve.server import bodies
+from jaxserve.server.call import ask_engine
 
 blueprint = Blueprint("info")
 HEALTH_SECONDS = 20.0  # without a sign of life from the engine, then it is not well
@@ -51,7 +52,7 @@ async def model_info(request: Request) -> HTTPResponse:
 async def get_server_info(request: Request) -> HTTPResponse:
     frontend = request.app.ctx.frontend
     info = frontend.info
-    state = await asyncio.wrap_future(frontend.call("internal_state"))
+    state = await ask_engine(request, "internal_state")
     return bodies.json(
         {
             **shown(frontend.config),
@@ -95,7 +96,7 @@ async def health(request: Request) -> HTTPResponse:
         return bodies.empty(503)
     began = time.monotonic()
     if frontend.state.is_paused or frontend.state.refusal:
-        return await _health_without_generating(frontend)
+        return await _health_without_generating(request)
     body = {
         "rid": f"HEALTH_CHECK_{uuid.uuid4().hex}",
         "input_ids": [0],
@@ -115,11 +116,11 @@ async def health(request: Request) -> HTTPResponse:
         frontend.abandon(answers)
 
 
-async def _health_without_generating(frontend: Frontend) -> HTTPResponse:
+async def _health_without_generating(request: Request) -> HTTPResponse:
     """An engine that may not generate is well if it answers."""
     try:
         async with asyncio.timeout(HEALTH_SECONDS):
-            await asyncio.wrap_future(frontend.call("internal_state"))
+            await ask_engine(request, "internal_state")
     except (EngineDied, TimeoutError):
         return bodies.empty(503)
     return bodies.empty()

@@ -1,8 +1,6 @@
 """/v1/loads and /get_load: how busy the server is, for routers that choose among several."""
 
-import asyncio
 import datetime
-from typing import Any
 
 from sanic import Blueprint, Request
 from sanic.response import HTTPResponse
@@ -10,6 +8,7 @@ from sanic.response import HTTPResponse
 import jaxserve
 from jaxserve.errors import RequestError
 from jaxserve.server import bodies
+from jaxserve.server.call import ask_engine
 
 blueprint = Blueprint("loads")
 
@@ -18,8 +17,7 @@ blueprint = Blueprint("loads")
 async def loads(request: Request) -> HTTPResponse:
     """One entry: there is one engine. `include` is taken, and all is told whatever it says."""
     _check(request)
-    frontend, state = request.app.ctx.frontend, await _state(request)
-    info = frontend.info
+    info, state = request.app.ctx.frontend.info, await ask_engine(request, "internal_state")
     load = {
         "dp_rank": 0,
         "num_running_reqs": state["num_running_reqs"],
@@ -47,7 +45,7 @@ async def loads(request: Request) -> HTTPResponse:
 @blueprint.get("/get_load")
 async def get_load(request: Request) -> HTTPResponse:
     """As routers of mid-2025 ask."""
-    state = await _state(request)
+    state = await ask_engine(request, "internal_state")
     load = {
         "dp_rank": 0,
         "num_reqs": state["num_running_reqs"] + state["num_queue_reqs"],
@@ -62,7 +60,3 @@ def _check(request: Request) -> None:
         raise RequestError(f"dp_rank {rank}: there is rank 0 alone", param="dp_rank")
     if (kind := request.args.get("format", "json")) != "json":
         raise RequestError(f"format {kind!r}: only json; /metrics is Prometheus'", param="format")
-
-
-async def _state(request: Request) -> dict[str, Any]:
-    return await asyncio.wrap_future(request.app.ctx.frontend.call("internal_state"))

@@ -1,6 +1,5 @@
 """/metrics, for Prometheus: SGLang's names, and ours after `jaxserve:`."""
 
-import asyncio
 from typing import Any
 
 import prometheus_client
@@ -10,6 +9,7 @@ from sanic.response import HTTPResponse, raw
 
 from jaxserve.frontend import Frontend
 from jaxserve.generation import Generation, Progress
+from jaxserve.server.call import ask_engine
 
 blueprint = Blueprint("metrics")
 LABEL = "model_name"
@@ -104,6 +104,5 @@ class Metrics:
 
 @blueprint.get("/metrics")
 async def metrics(request: Request) -> HTTPResponse:
-    frontend, counted = request.app.ctx.frontend, request.app.ctx.metrics
-    state = await asyncio.wrap_future(frontend.call("internal_state"))
+    state, counted = await ask_engine(request, "internal_state"), request.app.ctx.metrics
     return raw(counted.render(state), content_type=prometheus_client.CONTENT_TYPE_LATEST)

@@ -10,6 +10,7 @@ from sanic.response import HTTPResponse, raw
 from jaxserve import body_fields, weight_request
 from jaxserve.errors import RequestError
 from jaxserve.server import bodies
+from jaxserve.server.call import ask_engine
 from jaxserve.server.control import refuse_other_sites
 from jaxserve.weight_request import Memory, PauseMode, WeightUpdate
 
@@ -59,7 +60,7 @@ async def update_weight_version(request: Request) -> HTTPResponse:
     if label is None:
         raise RequestError("new_version is required", param="new_version")
     aborts = body_fields.flag(body, "abort_all_requests", True)
-    answer = await _call(
+    answer = await ask_engine(
         request, "update_weight_version", new_version=label, abort_all_requests=aborts
     )
     return bodies.json(answer)
@@ -75,7 +76,7 @@ async def get_weights_by_name(request: Request) -> HTTPResponse:
         raise RequestError("name must be a string", param="name")
     if rows < 1:
         raise RequestError("truncate_size must be at least 1", param="truncate_size")
-    content = await _call(request, "read_tensor", name=name, most_rows=rows)
+    content = await ask_engine(request, "read_tensor", name=name, most_rows=rows)
     return raw(content, content_type="application/json")
 
 
@@ -85,7 +86,7 @@ async def weights_checker(request: Request) -> HTTPResponse:
     if action != "checksum":
         message = f"action {action!r} is not supported, only checksum"
         return bodies.json({"success": False, "message": message}, 400)
-    checksum = await _call(request, "checksum")
+    checksum = await ask_engine(request, "checksum")
     ranks = [{"rank": 0, "checksum": checksum}]
     answer = {"success": True, "message": "Success", "ranks": ranks}
     return bodies.json(answer | {"per_engine_checksum": checksum})
@@ -94,14 +95,14 @@ async def weights_checker(request: Request) -> HTTPResponse:
 @blueprint.route("/release_memory_occupation", methods=["GET", "POST"])
 async def release_memory_occupation(request: Request) -> HTTPResponse:
     """Of `tags`, or of all; what runs is computed anew afterwards, new requests are refused."""
-    await _call(request, "release_memory", tags=_tags(request))
+    await ask_engine(request, "release_memory", tags=_tags(request))
     return bodies.json(None)
 
 
 @blueprint.route("/resume_memory_occupation", methods=["GET", "POST"])
 async def resume_memory_occupation(request: Request) -> HTTPResponse:
     """Weights that were released must then be sent again: nothing is generated before."""
-    await _call(request, "resume_memory", tags=_tags(request))
+    await ask_engine(request, "resume_memory", tags=_tags(request))
     return bodies.json(None)
 
 
@@ -113,14 +114,14 @@ async def pause_generation(request: Request) -> HTTPResponse:
     if mode not in get_args(PauseMode):
         names = ", ".join(get_args(PauseMode))
         raise RequestError(f"mode must be one of {names}, got {mode!r}", param="mode")
-    await _call(request, "pause_generation", mode=mode)
+    await ask_engine(request, "pause_generation", mode=mode)
     return bodies.json({"message": "Generation paused successfully.", "status": "ok"})
 
 
 @blueprint.post("/continue_generation")
 async def continue_generation(request: Request) -> HTTPResponse:
     bodies.read_optional(request)
-    await _call(request, "continue_generation")
+    await ask_engine(request, "continue_generation")
     return bodies.json({"message": "Generation continued successfully.", "status": "ok"})
 
 
@@ -150,12 +151,8 @@ def _is_number(text: str) -> bool:
 async def _update(request: Request, update: WeightUpdate) -> HTTPResponse:
     """Answers when the new weights serve, or when it is clear that they never will."""
     try:
-        answer = await _call(request, "update_weights", **update.to_arguments())
+        answer = await ask_engine(request, "update_weights", **update.to_arguments())
     except RequestError as error:
         answer = {"success": False, "message": str(error), "num_paused_requests": 0}
         return bodies.json(answer, error.status)
     return bodies.json(answer)
-
-
-async def _call(request: Request, operation: str, **arguments: Any) -> Any:
-    return await asyncio.wrap_future(request.app.ctx.frontend.call(operation, **arguments))
