@@ -110,6 +110,7 @@ def _build(
     is_cpu = device.platform == "cpu"
     compilation_cache.enable(config.compilation_cache_dir)
     files = ModelFiles.find(config)
+    _check_recorder_mode(config, files.config)
     log_file = create_file(config.record_plans) if config.record_plans else None
     tokenizer, tokenizer_folder = _load_tokenizer(config, files.folder)
     sizes = Sizes.of(config, files.config, is_cpu)
@@ -177,24 +178,25 @@ def _build(
     )
 
 
-def _expert_recorder(config: EngineConfig, info: EngineInfo) -> ExpertRecorder | None:
+def _check_recorder_mode(config: EngineConfig, model: ModelConfig) -> None:
     """Raises ValueError for a mode of a model without experts."""
-    mode, most_passes = (
-        config.expert_distribution_recorder_mode,
-        config.expert_distribution_recorder_buffer_size,
-    )
-    if info.experts is not None:
-        return ExpertRecorder(
-            info.experts,
-            mode,
-            None if most_passes < 0 else most_passes,
-            config.expert_distribution_recorder_dir,
-        )
-    if mode is not None:
+    mode = config.expert_distribution_recorder_mode
+    if mode is not None and _expert_info(model) is None:
         raise ValueError(
-            f"--expert-distribution-recorder-mode {mode}: {info.architecture} has no experts"
+            f"--expert-distribution-recorder-mode {mode}: {model.architecture} has no experts"
         )
-    return None
+
+
+def _expert_recorder(config: EngineConfig, info: EngineInfo) -> ExpertRecorder | None:
+    if info.experts is None:
+        return None
+    most_passes = config.expert_distribution_recorder_buffer_size
+    return ExpertRecorder(
+        info.experts,
+        config.expert_distribution_recorder_mode,
+        None if most_passes < 0 else most_passes,
+        config.expert_distribution_recorder_dir,
+    )
 
 
 def _make_scheduler(

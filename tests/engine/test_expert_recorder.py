@@ -7,6 +7,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from jaxserve import engine_builder
+from jaxserve.config import EngineConfig
 from jaxserve.errors import RequestError
 from jaxserve.expert_files import read_counts
 from jaxserve.expert_load import balance
@@ -14,6 +16,7 @@ from jaxserve.expert_recorder import ExpertRecorder
 from jaxserve.experts import main
 from jaxserve.live_request import Chunk, Schedule
 from jaxserve.messages import ExpertInfo
+from tests.server.serving import DEMO_MODEL
 
 INFO = ExpertInfo(num_layers=3, sparse_layers=[0, 2], num_experts=5, top_k=2)
 PADDING = [[-1, -1], [-1, -1]]
@@ -161,3 +164,13 @@ def test_what_is_no_record_is_told(name, content, words, capsys):
         file.write(content)
     assert main(["plot", name]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_a_mode_of_a_model_without_experts_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(engine_builder, "build_runner", None)
+    config = EngineConfig(
+        model_path=DEMO_MODEL, device="cpu", expert_distribution_recorder_mode="stat"
+    )
+    words = "--expert-distribution-recorder-mode stat: Qwen2ForCausalLM has no experts"
+    with pytest.raises(ValueError, match=words):
+        engine_builder.build_engine(config)
