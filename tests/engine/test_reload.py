@@ -225,6 +225,12 @@ def test_every_step_in_flight_is_read_before_the_swap(engine, other, monkeypatch
     assert at_swap == [[]]
 
 
+def wait_until_written(engine) -> None:
+    """The log has all that the engine has done; a thread writes it a little later."""
+    core, recorder = engine._core, engine._core._recorder
+    wait_for(lambda: not core.has_work and recorder._written_bytes == recorder._put_bytes, 5)
+
+
 def test_recorded_run_tells_of_the_other_weights_where_they_came(engine, other):
     """The last steps of a version are read before it, the first ones of the next come after."""
     running = engine.generate(QUESTION, LONGER, stream=True)
@@ -234,12 +240,10 @@ def test_recorded_run_tells_of_the_other_weights_where_they_came(engine, other):
     folder = pathlib.Path(engine._core.info.model_folder)
     plans = pathlib.Path(engine._frontend.config.record_plans)
 
-    def records() -> list:
-        with plans.open("rb") as file:
-            found = list(PlanLog(file))
-        return found if isinstance(found[-1], Drawn) else []
-
-    found = wait_for(records, 5)
+    wait_until_written(engine)
+    with plans.open("rb") as file:
+        found = list(PlanLog(file))
+    assert isinstance(found[-1], Drawn)
     changes = [i for i, record in enumerate(found) if isinstance(record, WeightsChanged)]
     assert [found[i].folder for i in changes[-2:]] == [str(folder), other]
     before, after = found[: changes[-1]], found[changes[-1] :]
@@ -256,12 +260,14 @@ def test_released_weights_that_a_folder_brings_back_can_be_replayed(engine, expe
         with plans.open("rb") as file:
             return [record.folder for record in PlanLog(file) if isinstance(record, WeightsChanged)]
 
-    count = len(wait_for(folders, 5))
+    wait_until_written(engine)
+    count = len(folders())
     for operation in ("release_memory", "resume_memory"):
         engine._frontend.call(operation, tags=["weights"]).result(20)
     engine.update_weights_from_disk(other)
     assert outputs(engine) == expected["other"]
-    assert wait_for(lambda: folders()[count:], 5)[-1] == other and None not in folders()
+    wait_until_written(engine)
+    assert folders()[count:][-1] == other and None not in folders()
 
 
 def test_unknown_policy_is_refused(engine, other):
@@ -335,6 +341,7 @@ def test_200_reloads_alternate_exactly_with_flat_memory_and_no_compile(engine, e
         engine.update_weights_from_disk(path)
         output(engine)
     wait_for(engine.flush_cache, 5)
+    wait_for(lambda: not engine._core.has_work, 5)  # a step in flight has arrays of its own
     before = live_bytes()
     began = time.perf_counter()
     counter = CompileCounter()
@@ -347,6 +354,7 @@ def test_200_reloads_alternate_exactly_with_flat_memory_and_no_compile(engine, e
     counter.close()
     seconds = time.perf_counter() - began
     wait_for(engine.flush_cache, 5)
+    wait_for(lambda: not engine._core.has_work, 5)
     print(f"200 reloads in {seconds:.1f} s, {before} bytes before, {live_bytes()} after")
     assert live_bytes() == before
     assert not any(counter.report().values())
