@@ -1,6 +1,7 @@
 """Other weights while the engine runs: which tokens are whose, and what becomes of requests."""
 
 import concurrent.futures
+import gc
 import json
 import pathlib
 import threading
@@ -342,6 +343,7 @@ def test_200_reloads_alternate_exactly_with_flat_memory_and_no_compile(engine, e
         output(engine)
     wait_for(engine.flush_cache, 5)
     wait_for(lambda: not engine._core.has_work, 5)  # a step in flight has arrays of its own
+    gc.collect()  # and so has what earlier tests have let fail
     before = live_bytes()
     began = time.perf_counter()
     counter = CompileCounter()
